@@ -1,0 +1,52 @@
+"""The history, to look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin
+from django.http import HttpRequest
+
+from .models import PendingEvent, StoredEvent, TokenHead
+
+
+class ReadOnlyAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
+    """Nobody writes history by hand."""
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+
+@admin.register(TokenHead)
+class TokenHeadAdmin(ReadOnlyAdmin):
+    """The tokens with a history."""
+
+    list_display = ["token", "last", "kept", "closed", "updated"]
+    search_fields = ["token"]
+
+
+@admin.register(StoredEvent)
+class StoredEventAdmin(ReadOnlyAdmin):
+    """The events."""
+
+    list_display = ["head", "seq", "event_id", "action", "text", "created"]
+    list_filter = ["action", "kind"]
+    list_select_related = ["head"]
+    search_fields = ["head__token"]
+    fields = ["head", "seq", "event_id", "action", "kind", "text", "size", "created"]
+    readonly_fields = ["text"]
+
+
+@admin.register(PendingEvent)
+class PendingEventAdmin(ReadOnlyAdmin):
+    """Events between their commit and their sequence number."""
+
+    list_display = ["token", "action", "created"]
+    fields = ["token", "event_id", "action", "kind", "text", "created"]
+    readonly_fields = ["text"]

@@ -1,0 +1,45 @@
+"""System checks: a wrong setting is told at start, not at the first request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Warning  # noqa: A004
+from django.core.exceptions import ImproperlyConfigured
+
+from .conf import PROPERTIES, conf
+from .history import make_history
+
+
+def check_settings(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:
+    """Report every setting with a bad value or class path."""
+    messages: list[CheckMessage] = []
+    for name in PROPERTIES:
+        try:
+            value = getattr(conf, name)
+            if name == "history":
+                make_history()
+            elif name == "policy":
+                value()
+        except (ImproperlyConfigured, TypeError) as error:
+            messages.append(Error(str(error), id=f"eventsource.E{PROPERTIES.index(name) + 1:03}"))
+    return messages
+
+
+def check_server(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:
+    """Warn when the project does not look as if it were served by ASGI."""
+    if getattr(settings, "ASGI_APPLICATION", None):
+        return []
+    return [
+        Warning(
+            "ASGI_APPLICATION is not set: streams need an ASGI server, and a request that "
+            "comes through WSGI is answered 500.",
+            hint=(
+                'Set ASGI_APPLICATION = "<project>.asgi.application", and put "daphne" first '
+                "in INSTALLED_APPS so that `manage.py runserver` serves it."
+            ),
+            id="eventsource.W001",
+        )
+    ]

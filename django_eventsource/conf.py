@@ -1,0 +1,176 @@
+"""The settings, read live: one typed property for each.
+
+``django.conf.settings`` is asked at every access, so ``override_settings`` just works.
+Each property raises ``ImproperlyConfigured`` naming the setting, its value and what is
+expected; the system checks report the same sentences at start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.utils.module_loading import import_string
+
+from .events import RESET, Event
+
+DEFAULT_HISTORY = "django_eventsource.history.database.DatabaseHistory"
+
+
+class Conf:
+    """Every ``EVENTSOURCE_*`` setting as a property, with its default."""
+
+    @property
+    def event_class(self) -> type[Event]:
+        """``EVENTSOURCE_EVENT_CLASS``: dotted path of an Event class."""
+        name = "EVENTSOURCE_EVENT_CLASS"
+        path = _get(name, "django_eventsource.events.StringIdEvent")
+        value = _load(name, path)
+        if not (isinstance(value, type) and issubclass(value, Event)):
+            raise ImproperlyConfigured(
+                f"{name} must name a subclass of django_eventsource.events.Event, not {path!r}."
+            )
+        return check_event_class(value)
+
+    @property
+    def history(self) -> tuple[str, dict[str, Any]]:
+        """``EVENTSOURCE_HISTORY``: the backend's dotted path and its options."""
+        name = "EVENTSOURCE_HISTORY"
+        value = _get(name, {})
+        if not isinstance(value, Mapping) or set(value) - {"BACKEND", "OPTIONS"}:
+            raise ImproperlyConfigured(
+                f'{name} must be a dictionary with "BACKEND" and "OPTIONS", not {value!r}.'
+            )
+        options = value.get("OPTIONS", {})
+        if not isinstance(options, Mapping):
+            raise ImproperlyConfigured(f"{name} OPTIONS must be a dictionary, not {options!r}.")
+        return value.get("BACKEND", DEFAULT_HISTORY), dict(options)
+
+    @property
+    def policy(self) -> type[Any]:
+        """``EVENTSOURCE_POLICY``: dotted path of a policy class."""
+        name = "EVENTSOURCE_POLICY"
+        path = _get(name, "django_eventsource.policies.DefaultPolicy")
+        value = _load(name, path)
+        if not all(callable(getattr(value, hook, None)) for hook in ("can_listen", "can_send")):
+            raise ImproperlyConfigured(
+                f"{name} must name a class with can_listen() and can_send(), not {path!r}."
+            )
+        return value  # type: ignore[no-any-return]
+
+    @property
+    def channel_layer(self) -> str:
+        """``EVENTSOURCE_CHANNEL_LAYER``: an alias in ``CHANNEL_LAYERS``."""
+        name = "EVENTSOURCE_CHANNEL_LAYER"
+        value = _get(name, "default")
+        configured = getattr(settings, "CHANNEL_LAYERS", {})
+        if not isinstance(value, str) or (value != "default" and value not in configured):
+            raise ImproperlyConfigured(
+                f"{name} must be an alias in CHANNEL_LAYERS "
+                f"({', '.join(configured) or 'none there'}), not {value!r}."
+            )
+        return value
+
+    @property
+    def keepalive_seconds(self) -> float | None:
+        """``EVENTSOURCE_KEEPALIVE_SECONDS``: longest silence on a stream, or ``None``."""
+        return _positive("EVENTSOURCE_KEEPALIVE_SECONDS", 15.0)
+
+    @property
+    def retry_ms(self) -> int | None:
+        """``EVENTSOURCE_RETRY_MS``: the reconnection time sent first, or ``None``."""
+        return _positive_int("EVENTSOURCE_RETRY_MS", None, or_none=True)
+
+    @property
+    def poll_seconds(self) -> float | None:
+        """``EVENTSOURCE_POLL_SECONDS``: time between head checks; ``None`` picks it."""
+        return _positive("EVENTSOURCE_POLL_SECONDS", None)
+
+    @property
+    def prune_seconds(self) -> float | None:
+        """``EVENTSOURCE_PRUNE_SECONDS``: time between a server's prunes, or ``None``."""
+        return _positive("EVENTSOURCE_PRUNE_SECONDS", 60.0)
+
+    @property
+    def grant_seconds(self) -> float:
+        """``EVENTSOURCE_GRANT_SECONDS``: lifetime of a grant that names none."""
+        return _positive("EVENTSOURCE_GRANT_SECONDS", 86_400.0, or_none=False) or 0.0
+
+    @property
+    def max_event_bytes(self) -> int:
+        """``EVENTSOURCE_MAX_EVENT_BYTES``: largest value of one event."""
+        return _positive_int("EVENTSOURCE_MAX_EVENT_BYTES", 1024 * 1024) or 0
+
+    @property
+    def stream_buffer_bytes(self) -> int:
+        """``EVENTSOURCE_STREAM_BUFFER_BYTES``: what one stream may hold back for its reader."""
+        return _positive_int("EVENTSOURCE_STREAM_BUFFER_BYTES", 256 * 1024) or 0
+
+
+PROPERTIES = [name for name, value in vars(Conf).items() if isinstance(value, property)]
+
+conf = Conf()
+
+
+@cache
+def check_event_class(event_class: type[Event]) -> type[Event]:
+    """Check what a class must keep: ``reset`` is ours, and actions are a list of names.
+
+    :raises ImproperlyConfigured: when it does not.
+    """
+    where = f"{event_class.__module__}.{event_class.__qualname__}"
+    actions = event_class.ACTIONS
+    if not isinstance(actions, list | tuple) or not all(
+        isinstance(action, str) and action and "/" not in action for action in actions
+    ):
+        raise ImproperlyConfigured(
+            f"{where}.ACTIONS must be a list of action names without a slash, not {actions!r}."
+        )
+    if RESET in (*actions, event_class.LISTEN):
+        raise ImproperlyConfigured(
+            f"{where} lists the action {RESET!r}, which is reserved: it tells a listener "
+            "that it missed events. Choose another name."
+        )
+    return event_class
+
+
+def number_error(name: str, value: object, expected: str) -> ImproperlyConfigured:
+    """Give the error of a number out of its range."""
+    return ImproperlyConfigured(f"{name} must be {expected}, not {value!r}.")
+
+
+def _get(name: str, default: Any) -> Any:
+    return getattr(settings, name, default)
+
+
+def _load(name: str, path: object) -> Any:
+    if not isinstance(path, str):
+        raise ImproperlyConfigured(f"{name} must be a dotted path, not {path!r}.")
+    try:
+        return import_string(path)
+    except ImportError as error:
+        raise ImproperlyConfigured(f"{name} cannot be imported: {path!r} ({error}).") from error
+
+
+def _positive(name: str, default: float | None, *, or_none: bool = True) -> float | None:
+    value = _get(name, default)
+    if value is None and or_none:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < float("inf"):
+        suffix = " or None" if or_none else ""
+        raise number_error(name, value, f"a positive number{suffix}")
+    return float(value)
+
+
+def _positive_int(name: str, default: int | None, *, or_none: bool = False) -> int | None:
+    value = _get(name, default)
+    if value is None and or_none:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        suffix = " or None" if or_none else ""
+        raise number_error(name, value, f"a positive whole number{suffix}")
+    return value

@@ -1,0 +1,235 @@
+"""HTTP for clients of event streams: where requests go, and what went wrong, in words.
+
+Needs httpx, and no Django.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import ssl
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from types import AsyncGeneratorType
+from typing import Any, cast
+
+import httpx
+
+from .exceptions import ClientError
+from .frames import CONTENT_TYPE
+
+CONNECT_TIMEOUT_SECONDS = 10.0
+EXCERPT_TIMEOUT_SECONDS = 5.0
+"""How long to wait for more of a body that explains a status."""
+
+# UnicodeError is what the standard library raises for an over-long host name.
+FAILURES = (ClientError, httpx.HTTPError, httpx.InvalidURL, UnicodeError)
+"""What a request can raise, all of which :meth:`Target.failure` puts in words."""
+
+Headers = Mapping[str, str] | Iterable[tuple[str, str]]
+Auth = httpx.Auth | tuple[str, str]
+
+_MAX_EXCERPT_BYTES = 1024
+_MAX_EXCERPT_CHARACTERS = 200
+# Whatever the proxy settings of the environment say, this machine is reached directly.
+_LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+# What a caller may set and any origin may see.
+_HARMLESS = {"accept", "accept-encoding", "cache-control", "host", "user-agent"}
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+
+
+class Target:
+    """Where requests go and what they carry. No I/O.
+
+    :param url: an http or https URL. A user and password in it are sent as HTTP Basic.
+    :param headers: the caller's request headers, as a mapping or as pairs; never changed.
+    :param auth: how requests authenticate. An ``Authorization`` in ``headers`` wins.
+    :raises ValueError: for a URL, header name or header value that cannot be sent.
+    """
+
+    def __init__(self, url: str, headers: Headers, auth: Auth | None) -> None:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"{url!r} is no URL: {error}.") from None
+        if parsed.scheme not in _DEFAULT_PORTS or not parsed.host:
+            raise ValueError(f"{url!r} is no http:// or https:// URL with a host.")
+        pairs = headers.items() if isinstance(headers, Mapping) else headers
+        self.headers = httpx.Headers([_check_header(name, value) for name, value in pairs])
+        if auth is None and parsed.userinfo:
+            auth = (parsed.username, parsed.password)
+        # An explicit header wins: it is the more deliberate of the two.
+        self.auth = None if "Authorization" in self.headers else auth
+        self.url = parsed.copy_with(username="", password="", fragment=None)
+        self.name = printable(self.url)
+
+    def options(
+        self, verify: bool | ssl.SSLContext, read_timeout_seconds: float | None
+    ) -> dict[str, Any]:
+        """Give the arguments of an httpx client."""
+        return {
+            "auth": self.auth,
+            "verify": verify,
+            "mounts": dict.fromkeys(_LOOPBACK),
+            "timeout": httpx.Timeout(CONNECT_TIMEOUT_SECONDS, read=read_timeout_seconds),
+        }
+
+    def guard(self, request: httpx.Request) -> None:
+        """Take the caller's headers off a request that a redirect sends to another origin.
+
+        They may hold credentials under any name; httpx takes off ``Authorization`` only.
+        """
+        if _may_carry_credentials(self.url, request.url):
+            return
+        for name in set(self.headers) - _HARMLESS:
+            request.headers.pop(name, None)
+
+    def failure(self, error: Exception, sentence: str) -> ClientError:
+        """Put the error in one line that begins with the sentence and the URL."""
+        if isinstance(error, ClientError):
+            return error
+        failure = ClientError(f"{sentence} {self.name}: {reason(error)}.")
+        failure.__cause__ = error
+        return failure
+
+
+def _check_header(name: str, value: str) -> tuple[bytes, bytes]:
+    value = value.strip(" \t")
+    if not _HEADER_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no HTTP header name.")
+    forbidden = _HEADER_FORBIDDEN.search(value)
+    if forbidden:
+        raise ValueError(
+            f"The value of the header {name} holds {forbidden[0]!r}, which cannot be sent."
+        )
+    return name.encode("ascii"), value.encode()
+
+
+def _may_carry_credentials(origin: httpx.URL, url: httpx.URL) -> bool:
+    """Tell whether the URL is of the same origin, or its upgrade from http to https."""
+    if origin.host != url.host:
+        return False
+    ports = [target.port or _DEFAULT_PORTS.get(target.scheme) for target in (origin, url)]
+    if origin.scheme == url.scheme:
+        return ports[0] == ports[1]
+    return url.scheme == "https" and ports == [80, 443]
+
+
+def printable(url: httpx.URL) -> str:
+    """Give the URL without what may be secret: user, password, and query."""
+    return str(url.copy_with(username="", password="", query=None, fragment=None))
+
+
+# What went wrong, in words
+
+
+def reason(error: BaseException) -> str:
+    """Say in a few words, without a full stop, why a connection failed."""
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                f"the server's certificate is not trusted ({cause.verify_message}). Name the "
+                "authority's certificate (--cafile, or verify= with an ssl.SSLContext), or do "
+                "not check (--insecure, or verify=False)"
+            )
+        if isinstance(cause, ssl.SSLError):
+            text = (cause.reason or "the handshake failed").lower().replace("_", " ")
+            return f"no TLS connection: {text}"
+        if isinstance(cause, OSError) and cause.strerror:
+            return _lower_first(_strerror(cause))
+    if isinstance(error, httpx.ConnectTimeout):
+        return f"no connection within {CONNECT_TIMEOUT_SECONDS:g} s"
+    if isinstance(error, httpx.ReadTimeout):
+        seconds = error.request.extensions["timeout"]["read"]
+        return f"nothing was received for {seconds:g} s"
+    return _lower_first(" ".join(str(error).split()).rstrip(".") or type(error).__name__)
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _strerror(error: OSError) -> str:
+    # asyncio puts an address of its own in place of the system's text.
+    if error.errno is None or isinstance(error, socket.gaierror):
+        return str(error.strerror)
+    return os.strerror(error.errno)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Give the error and the causes behind it, the outermost first."""
+    todo: deque[BaseException | None] = deque([error])
+    while todo:
+        cause = todo.popleft()
+        if cause is not None:
+            yield cause
+            todo.append(cause.__cause__)
+            # What anyio raises when a name has several addresses.
+            if isinstance(cause, BaseExceptionGroup):
+                todo.extend(cause.exceptions)
+
+
+def aiter_bytes(response: httpx.Response) -> AsyncGeneratorType[bytes, None]:
+    """Give the body's chunks, as the generator that httpx makes but does not declare."""
+    return cast("AsyncGeneratorType[bytes, None]", response.aiter_bytes())
+
+
+def media_type(response: httpx.Response) -> str:
+    content_type: str = response.headers.get("Content-Type", "")
+    return content_type.partition(";")[0].strip().lower()
+
+
+def refusal(response: httpx.Response, body: bytes) -> ClientError:
+    """Put an answer that is of no use in one line, with the beginning of its body."""
+    status = response.status_code
+    name = printable(response.url)
+    if status == 200:
+        kind = media_type(response)
+        given = f"the content type {kind!r}" if kind else "no content type"
+        return ClientError(f"{name} answered with {given}, not {CONTENT_TYPE}.", status)
+    text = f"{name} answered {status} {httpx.codes.get_reason_phrase(status)}".rstrip()
+    if body.strip():
+        line = body.decode(errors="replace").strip().splitlines()[0]
+        text += ": " + "".join(filter(str.isprintable, line))[:_MAX_EXCERPT_CHARACTERS]
+    elif "Location" in response.headers:
+        text += f": it is at {response.headers['Location'][:_MAX_EXCERPT_CHARACTERS]!r}"
+    return ClientError(text if text.endswith(".") else f"{text}.", status)
+
+
+def read_excerpt(response: httpx.Response) -> bytes:
+    """Read the beginning of a body that may explain the status."""
+    body = b""
+    if _has_excerpt(response):
+        with contextlib.suppress(httpx.HTTPError):
+            for chunk in response.iter_bytes():
+                body += chunk
+                if _is_enough(body):
+                    break
+    return body
+
+
+async def aread_excerpt(response: httpx.Response) -> bytes:
+    """Do what :func:`read_excerpt` does, in asynchronous code."""
+    body = b""
+    if _has_excerpt(response):
+        async with contextlib.aclosing(aiter_bytes(response)) as chunks:
+            with contextlib.suppress(httpx.HTTPError):
+                async for chunk in chunks:
+                    body += chunk
+                    if _is_enough(body):
+                        break
+    return body
+
+
+def _has_excerpt(response: httpx.Response) -> bool:
+    # httpcore looks the time-out up again before it reads the body.
+    response.request.extensions["timeout"]["read"] = EXCERPT_TIMEOUT_SECONDS
+    return media_type(response) == "text/plain"
+
+
+def _is_enough(body: bytes) -> bool:
+    return len(body) >= _MAX_EXCERPT_BYTES or b"\n" in body.lstrip()

@@ -1,0 +1,53 @@
+"""What can go wrong, as classes. All of them are :class:`EventSourceError`."""
+
+
+class EventSourceError(Exception):
+    """Base of every error this package raises itself."""
+
+
+class InvalidToken(EventSourceError, ValueError):
+    """The text is no token: empty, too long, or not storable as text."""
+
+
+class InvalidEvent(EventSourceError, ValueError):
+    """The action, value or id cannot be sent as a server-sent event."""
+
+
+class UnknownAction(InvalidEvent):
+    """The Event class does not list the action.
+
+    ``allowed`` holds the actions that it lists.
+    """
+
+    def __init__(self, action: str, allowed: list[str], class_name: str) -> None:
+        self.action = action
+        self.allowed = allowed
+        names = ", ".join(allowed) or "none"
+        super().__init__(f"Unknown action {action!r}: {class_name} allows {names}.")
+
+
+class InvalidGrant(EventSourceError):
+    """The grant is forged, damaged or expired."""
+
+
+class NotAuthenticated(EventSourceError):
+    """The request carries no usable credentials: the answer is 401."""
+
+
+class DeliveryFailed(EventSourceError):
+    """A live-only event did not reach the channel layer; it is lost.
+
+    A durable event never raises this: it is stored, and listeners find it in
+    the history.
+    """
+
+
+class ClientError(EventSourceError):
+    """A listening or sending client got no usable answer.
+
+    ``status`` is the HTTP status, or ``None`` where there was no answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        self.status = status
+        super().__init__(message)

@@ -1,0 +1,278 @@
+"""The contract of a history: the ordered store of durable events.
+
+A history gives each event of a token its sequence number: consecutive within a life of
+the token, and higher than every number of an earlier life. A life begins with the first
+event and ends when the token was idle for so long that the history forgot it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from asgiref.sync import sync_to_async
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DEFAULT_DB_ALIAS
+
+from ..conf import number_error
+from ..events import Event, check_id, encode_text, retry_ms, split_lines
+from ..frames import encode_event, encode_retry
+
+T = TypeVar("T")
+
+MAX_CURSOR_LENGTH = 255
+_CURSOR = re.compile(r"([0-9]{1,18})(\+?)")
+
+
+class Kind(StrEnum):
+    """How listeners treat an event."""
+
+    EVENT = "event"
+    RETRY = "retry"
+    FINISH = "finish"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A checked event, ready to be stored or sent."""
+
+    action: str
+    data: bytes
+    """UTF-8, its lines joined with LF."""
+    event_id: str | None = None
+    """The id of its own that a class gave it; ``None``: the sequence number."""
+    kind: Kind = Kind.EVENT
+
+    @classmethod
+    def of(cls, event: Event) -> Draft:
+        """Read an event once: its lines, its id, its kind.
+
+        :raises ValueError: when the event could not be sent as it is.
+        """
+        value = event.value
+        texts = [value] if isinstance(value, str) else value
+        lines = [line for text in texts for line in split_lines(text)]
+        kind = Kind.EVENT
+        if event.action == event.RETRY:
+            retry_ms(lines)
+            kind = Kind.RETRY
+        elif event.action == event.FINISH:
+            kind = Kind.FINISH
+        if event.id is not None:
+            check_id(event.id)
+        return cls(
+            action=event.action,
+            data=encode_text("value", "\n".join(lines)),
+            event_id=event.id,
+            kind=kind,
+        )
+
+    def frame(self, seq: int | None = None) -> bytes:
+        """Encode for the wire; with a sequence number it is a durable event."""
+        event_id = self.event_id if seq is None else (self.event_id or str(seq))
+        if self.kind == Kind.RETRY:
+            return encode_retry(int(self.data), event_id)
+        return encode_event(self.action, self.data, event_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """An event in its place in the history."""
+
+    seq: int
+    draft: Draft
+
+    @property
+    def id(self) -> str:
+        """The id on the wire."""
+        return self.draft.event_id or str(self.seq)
+
+    @property
+    def finishes(self) -> bool:
+        """Does this event end the streams of its token?"""
+        return self.draft.kind == Kind.FINISH
+
+    def frame(self) -> bytes:
+        """Encode for the wire."""
+        return self.draft.frame(self.seq)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """What a read gives: events in order, right after the place that was asked for.
+
+    ``complete`` is ``False`` when the history cannot vouch that nothing is missing
+    between that place and the first entry (or ``last``); ``last`` is the newest sequence
+    number; ``more`` says that entries were left for the next read.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    complete: bool
+    last: int
+
+    @property
+    def more(self) -> bool:
+        """Are there entries after these?"""
+        return bool(self.entries) and self.entries[-1].seq < self.last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """A place in a token's history, from which a stream goes on."""
+
+    seq: int
+    cursor: str
+    """Its id on the wire."""
+    known: bool = True
+    """Is it the place that the listener asked for, with all that follows still there?"""
+    closed: bool = False
+    """Is the event at this place the close that ended the listener's stream?"""
+
+
+class History(ABC):
+    """Base of all histories. The plain methods block, the ``a`` ones await.
+
+    :param MAX_EVENTS: events kept of each token.
+    :param MAX_AGE: seconds for which an event is kept.
+    :param TOKEN_MAX_AGE: seconds for which an idle token's place is remembered; a
+        listener that comes back later is told ``reset``.
+    """
+
+    shared = False
+    """Do other processes see what this one appends?"""
+
+    using: str = DEFAULT_DB_ALIAS
+    """Which database's transaction must commit before its events are published?"""
+
+    def __init__(
+        self,
+        *,
+        MAX_EVENTS: int = 10_000,  # noqa: N803
+        MAX_AGE: float = 86_400,  # noqa: N803
+        TOKEN_MAX_AGE: float = 30 * 86_400,  # noqa: N803
+    ) -> None:
+        for name, value in (
+            ("MAX_EVENTS", MAX_EVENTS),
+            ("MAX_AGE", MAX_AGE),
+            ("TOKEN_MAX_AGE", TOKEN_MAX_AGE),
+        ):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+                raise number_error(f"EVENTSOURCE_HISTORY {name}", value, "a positive number")
+        if TOKEN_MAX_AGE < MAX_AGE:
+            raise ImproperlyConfigured(
+                f"EVENTSOURCE_HISTORY TOKEN_MAX_AGE ({TOKEN_MAX_AGE!r}) must not be less than "
+                f"MAX_AGE ({MAX_AGE!r})."
+            )
+        self.max_events = int(MAX_EVENTS)
+        self.max_age = MAX_AGE
+        self.token_max_age = TOKEN_MAX_AGE
+
+    # The contract
+
+    @abstractmethod
+    def append(self, token: str, drafts: Sequence[Draft]) -> list[Entry]:
+        """Store events at the end, all or none, with consecutive sequence numbers."""
+
+    @abstractmethod
+    def read(
+        self, token: str, after: int, *, max_events: int = 500, max_bytes: int = 262_144
+    ) -> Slice:
+        """Read what follows the sequence number ``after``, oldest first.
+
+        One event is given even if it is larger than ``max_bytes``.
+        """
+
+    @abstractmethod
+    def heads(self, tokens: Iterable[str]) -> tuple[dict[str, int], int]:
+        """Give the newest sequence number of each token that has one, and the floor.
+
+        The floor is the highest number of any forgotten life. Finishes what a process
+        that died left half done.
+        """
+
+    @abstractmethod
+    def find(self, token: str, cursor: str, seq: int | None) -> tuple[int, Kind] | None:
+        """Find the oldest event whose own id is ``cursor``, else the one at ``seq``."""
+
+    @abstractmethod
+    def newest(self, token: str) -> tuple[int, int | None]:
+        """Give the newest sequence number (or the floor), and that of the last close."""
+
+    @abstractmethod
+    def prune(self) -> int:
+        """Remove what is over the bounds; give the number of events removed."""
+
+    # What follows from it
+
+    def stage(self, token: str, drafts: Sequence[Draft]) -> Callable[[], list[Entry]]:
+        """Take events inside a transaction; give what to call after its commit."""
+        return lambda: self.append(token, drafts)
+
+    def release(self) -> None:
+        """Let go of what a burst of reads held, such as a database connection."""
+
+    def locate(self, token: str, cursor: str | None) -> Position:
+        """Find the place where a listener goes on.
+
+        :param cursor: its last event id, or ``None`` for a fresh listener, which starts
+            at the newest event. A cursor is a sequence number, with ``+`` behind it when
+            the listener opened the token anew after the close there, or an event's own id.
+        """
+        if not cursor:
+            return self._newest(token, known=True)
+        match = _CURSOR.fullmatch(cursor)
+        seq = int(match[1]) if match else None
+        found = self.find(token, cursor, seq)
+        if found is not None:
+            seq = found[0]
+        if seq is None or not self.read(token, seq, max_events=1).complete:
+            return self._newest(token, known=False)
+        reopened = match is not None and bool(match[2])
+        closed = not reopened and (
+            found[1] == Kind.FINISH if found is not None else self.newest(token)[1] == seq
+        )
+        return Position(seq=seq, cursor=cursor, closed=closed)
+
+    def _newest(self, token: str, *, known: bool) -> Position:
+        seq, closed = self.newest(token)
+        mark = "+" if closed == seq else ""
+        return Position(seq=seq, cursor=f"{seq}{mark}", known=known)
+
+    def first_seq(self, floor: int) -> int:
+        """Give a new life's first number: the clock in microseconds, above the floor."""
+        return max(time.time_ns() // 1000, floor + 1)
+
+    # The same, awaited
+
+    async def aread(
+        self, token: str, after: int, *, max_events: int = 500, max_bytes: int = 262_144
+    ) -> Slice:
+        """Await :meth:`read`."""
+        return await self.call(
+            self.read, token, after, max_events=max_events, max_bytes=max_bytes
+        )
+
+    async def aheads(self, tokens: Iterable[str]) -> tuple[dict[str, int], int]:
+        """Await :meth:`heads`."""
+        return await self.call(self.heads, list(tokens))
+
+    async def alocate(self, token: str, cursor: str | None) -> Position:
+        """Await :meth:`locate`."""
+        return await self.call(self.locate, token, cursor)
+
+    async def aprune(self) -> int:
+        """Await :meth:`prune`."""
+        return await self.call(self.prune)
+
+    async def arelease(self) -> None:
+        """Await :meth:`release`."""
+        await self.call(self.release)
+
+    async def call(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a blocking method off the event loop."""
+        return await sync_to_async(func)(*args, **kwargs)

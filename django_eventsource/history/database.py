@@ -1,0 +1,322 @@
+"""The default history: Django models, on any database that Django's ORM writes to.
+
+A publisher outside a transaction takes its sequence number and writes its event in one
+short transaction, ordered by the lock on the token's :class:`TokenHead` row. Inside a
+transaction the event goes to the outbox, :class:`PendingEvent`, without a lock; after
+the commit a short transaction of its own moves it to its place. Either way the history
+is written in the order of its numbers, and a number that is visible stays.
+"""
+
+from __future__ import annotations
+
+import datetime
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DEFAULT_DB_ALIAS, connections, transaction
+from django.db.models import F, Max, Q
+from django.db.models.functions import Greatest
+from django.db.utils import DatabaseError, OperationalError
+from django.utils import timezone
+
+from ..models import PendingEvent, StoredEvent, TokenHead
+from ..tokens import token_key
+from .base import Draft, Entry, History, Kind, Slice, T
+
+FLOOR_KEY = ""
+"""The row that keeps the floor: the highest number of any forgotten token."""
+
+BATCH = 500
+CONTENTION_SECONDS = 60
+"""How long a short transaction is tried again when others hold what it needs."""
+
+# SQLite lets one writer in at a time and does not queue the others: threads of one
+# process queue here, so that only processes contend.
+_sqlite_queues: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+
+class DatabaseHistory(History):
+    """Durable events in Django models.
+
+    :param USING: the database's alias.
+    """
+
+    shared = True
+
+    def __init__(self, *, USING: str = DEFAULT_DB_ALIAS, **options: Any) -> None:  # noqa: N803
+        super().__init__(**options)
+        if USING not in connections:
+            raise ImproperlyConfigured(
+                f"EVENTSOURCE_HISTORY USING must be an alias in DATABASES, not {USING!r}."
+            )
+        self.using: str = USING
+        self._heads = TokenHead.objects.using(USING)
+        self._events = StoredEvent.objects.using(USING)
+        self._pending = PendingEvent.objects.using(USING)
+
+    # Publishing
+
+    def append(self, token: str, drafts: Sequence[Draft]) -> list[Entry]:
+        return self._in_transaction(partial(self._append, token, drafts))
+
+    def stage(self, token: str, drafts: Sequence[Draft]) -> Callable[[], list[Entry]]:
+        now = timezone.now()
+        key = token_key(token)
+        pending_ids = []
+        for draft in drafts:
+            row = self._pending.create(key=key, token=token, created=now, **_columns(draft))
+            pending_ids.append(row.pk)
+        return partial(self._settled, token, pending_ids)
+
+    def _append(self, token: str, drafts: Sequence[Draft], **extra: Sequence[Any]) -> list[Entry]:
+        now = timezone.now()
+        head_id, last = self._advance(token, len(drafts), now)
+        first = last - len(drafts) + 1
+        entries = [Entry(seq=first + n, draft=draft) for n, draft in enumerate(drafts)]
+        self._events.bulk_create(
+            [
+                StoredEvent(
+                    head_id=head_id,
+                    seq=entry.seq,
+                    size=len(entry.draft.data),
+                    created=now,
+                    **_columns(entry.draft),
+                    **{name: values[n] for name, values in extra.items()},
+                )
+                for n, entry in enumerate(entries)
+            ],
+            batch_size=BATCH,
+        )
+        closes = [entry.seq for entry in entries if entry.finishes]
+        if closes:
+            self._heads.filter(pk=head_id).update(closed=closes[-1])
+        return entries
+
+    def _advance(self, token: str, count: int, now: datetime.datetime) -> tuple[int, int]:
+        """Lock the token's head and move it; give its key and its new last number.
+
+        The first statement writes: a transaction that began with a read could not wait
+        for the lock on SQLite.
+        """
+        row = self._heads.filter(key=token_key(token))
+        while not row.update(last=F("last") + count, updated=now):
+            self._heads.filter(key=FLOOR_KEY).update(updated=now)
+            first = self.first_seq(self._floor())
+            head = TokenHead(
+                key=token_key(token),
+                token=token,
+                first=first,
+                kept=first,
+                last=first - 1,
+                updated=now,
+            )
+            self._heads.bulk_create([head], ignore_conflicts=True)
+        return row.values_list("pk", "last").get()
+
+    def _settled(self, token: str, pending_ids: Sequence[int]) -> list[Entry]:
+        """Give staged events their place, or find the place that others gave them."""
+        settled = self._settle(token)
+        missing = [pk for pk in pending_ids if pk not in settled]
+        rows = self._rows(token).filter(pending_id__in=missing) if missing else []
+        for row in rows:
+            settled[row.pending_id or 0] = _entry(row)
+        return [settled[pk] for pk in pending_ids]
+
+    def _settle(self, token: str) -> dict[int, Entry]:
+        """Give every pending event of the token its sequence number."""
+        settled: dict[int, Entry] = {}
+        while batch := self._in_transaction(partial(self._settle_batch, token)):
+            settled.update(batch)
+            if len(batch) < BATCH:
+                break
+        return settled
+
+    def _settle_batch(self, token: str) -> dict[int, Entry]:
+        self._advance(token, 0, timezone.now())
+        rows = list(self._pending.filter(key=token_key(token)).order_by("pk")[:BATCH])
+        if not rows:
+            return {}
+        pending_ids = [row.pk for row in rows]
+        entries = self._append(token, [_draft(row) for row in rows], pending_id=pending_ids)
+        self._pending.filter(pk__in=pending_ids).delete()
+        return dict(zip(pending_ids, entries, strict=True))
+
+    # Reading
+
+    def read(
+        self, token: str, after: int, *, max_events: int = BATCH, max_bytes: int = 262_144
+    ) -> Slice:
+        head, floor = self._head(token)
+        if head is None:
+            return Slice(complete=after == floor, last=floor)
+        if after == head.last:
+            return Slice(complete=True, last=head.last)
+        rows = self._events.filter(head=head, seq__gt=after).order_by("seq")
+        until, size = 0, 0
+        for seq, bytes_ in rows.values_list("seq", "size")[:max_events]:
+            size += bytes_
+            if until and size > max_bytes:
+                break
+            until = seq
+        entries = tuple(_entry(row) for row in rows.filter(seq__lte=until))
+        first = entries[0].seq if entries else 0
+        begins = first == head.first and floor <= after < first
+        complete = first == after + 1 or begins
+        return Slice(entries=entries if complete else (), complete=complete, last=head.last)
+
+    def heads(self, tokens: Iterable[str]) -> tuple[dict[str, int], int]:
+        for token in self._pending.values_list("token", flat=True).distinct()[:BATCH]:
+            self._settle(token)
+        by_key = {token_key(token): token for token in tokens}
+        keys = list(by_key)
+        found: dict[str, int] = {}
+        for start in range(0, len(keys), BATCH):
+            rows = self._heads.filter(key__in=keys[start : start + BATCH])
+            found.update({by_key[key]: last for key, last in rows.values_list("key", "last")})
+        return found, self._floor()
+
+    def find(self, token: str, cursor: str, seq: int | None) -> tuple[int, Kind] | None:
+        rows = self._rows(token).filter(Q(event_id=cursor) | Q(seq=seq)).order_by("seq")
+        found = list(rows.values_list("event_id", "seq", "kind"))
+        own = [(place, kind) for event_id, place, kind in found if event_id == cursor]
+        for place, kind in own or [(place, kind) for _, place, kind in found if place == seq]:
+            return place, Kind(kind)
+        return None
+
+    def newest(self, token: str) -> tuple[int, int | None]:
+        head, floor = self._head(token)
+        return (head.last, head.closed) if head else (floor, None)
+
+    def _head(self, token: str) -> tuple[TokenHead | None, int]:
+        key = token_key(token)
+        rows = {row.key: row for row in self._heads.filter(key__in=[key, FLOOR_KEY])}
+        return rows.get(key), rows[FLOOR_KEY].last if FLOOR_KEY in rows else 0
+
+    def _floor(self) -> int:
+        return self._heads.filter(key=FLOOR_KEY).values_list("last", flat=True).first() or 0
+
+    def _rows(self, token: str) -> Any:
+        return self._events.filter(head__key=token_key(token))
+
+    # Trimming
+
+    def prune(self) -> int:
+        now = timezone.now()
+        old = self._events.filter(created__lt=now - datetime.timedelta(seconds=self.max_age))
+        cuts = dict(
+            old.order_by().values_list("head").annotate(Max("seq")).values_list("head", "seq__max")
+        )
+        full = self._heads.filter(last__gte=F("kept") + self.max_events)
+        for head_id, last in full.values_list("pk", "last"):
+            cuts[head_id] = max(cuts.get(head_id, 0), last - self.max_events)
+        removed = sum(self._cut(head_id, until) for head_id, until in cuts.items())
+        self._forget(now - datetime.timedelta(seconds=self.token_max_age))
+        return removed
+
+    def _cut(self, head_id: int, until: int) -> int:
+        """Remove a head's events up to a number, in short transactions."""
+        removed = 0
+        oldest = self._heads.filter(pk=head_id).values_list("kept", flat=True).first()
+        for start in range(oldest or until, until + 1, BATCH):
+            end = min(start + BATCH - 1, until)
+            removed += self._in_transaction(partial(self._cut_batch, head_id, end))
+        return removed
+
+    def _cut_batch(self, head_id: int, until: int) -> int:
+        self._heads.filter(pk=head_id).update(kept=Greatest(F("kept"), until + 1))
+        return self._events.filter(head=head_id, seq__lte=until).delete()[0]
+
+    def _forget(self, before: datetime.datetime) -> None:
+        """Forget tokens that were idle for long, and raise the floor above them."""
+        idle = self._heads.exclude(key=FLOOR_KEY).filter(updated__lt=before, kept__gt=F("last"))
+        for pk, last in idle.values_list("pk", "last"):
+            self._in_transaction(partial(self._forget_one, pk, last, before))
+
+    def _forget_one(self, pk: int, last: int, before: datetime.datetime) -> None:
+        # An append that came first has moved the head: then it stays.
+        if not self._heads.filter(pk=pk, last=last, updated__lt=before).delete()[0]:
+            return
+        row = self._heads.filter(key=FLOOR_KEY)
+        while not row.update(last=Greatest(F("last"), last)):
+            floor = TokenHead(key=FLOOR_KEY, first=0, kept=0, last=0, updated=before)
+            self._heads.bulk_create([floor], ignore_conflicts=True)
+
+    # Running
+
+    def _in_transaction(self, work: Callable[[], T]) -> T:
+        """Run short work in a transaction, again while others hold what it needs."""
+        deadline = time.monotonic() + CONTENTION_SECONDS
+        while True:
+            try:
+                with self._sqlite_queue(), transaction.atomic(using=self.using):
+                    return work()
+            except OperationalError as error:
+                inside = connections[self.using].in_atomic_block
+                if inside or not _is_contention(error) or time.monotonic() > deadline:
+                    raise
+            # Contenders that retried in step would collide again.
+            time.sleep(random.uniform(0.001, 0.02))  # noqa: S311
+
+    @contextmanager
+    def _sqlite_queue(self) -> Iterator[None]:
+        connection = connections[self.using]
+        if connection.vendor != "sqlite" or connection.in_atomic_block:
+            yield
+            return
+        with _sqlite_queues[self.using]:
+            yield
+
+    async def call(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run in Django's thread for synchronous work."""
+        return await sync_to_async(self._call)(func, *args, **kwargs)
+
+    def _call(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        try:
+            return func(*args, **kwargs)
+        except DatabaseError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        connections[self.using].close_if_unusable_or_obsolete()
+
+
+def _columns(draft: Draft) -> dict[str, Any]:
+    return {
+        "action": draft.action,
+        "data": draft.data,
+        "event_id": draft.event_id,
+        "kind": draft.kind.value,
+    }
+
+
+def _draft(row: StoredEvent | PendingEvent) -> Draft:
+    return Draft(
+        action=row.action, data=bytes(row.data), event_id=row.event_id, kind=Kind(row.kind)
+    )
+
+
+def _entry(row: StoredEvent) -> Entry:
+    return Entry(seq=row.seq, draft=_draft(row))
+
+
+def _is_contention(error: OperationalError) -> bool:
+    """Tell "someone else was first" from a failure: the transaction left no trace.
+
+    SQLite says "locked"; PostgreSQL 40001 (serialization) and 40P01 (deadlock); MySQL
+    1205 (lock wait) and 1213 (deadlock).
+    """
+    cause = error.__cause__
+    return (
+        "locked" in str(error)
+        or getattr(cause, "sqlstate", None) in ("40001", "40P01")
+        or (bool(error.args) and error.args[0] in (1205, 1213))
+    )

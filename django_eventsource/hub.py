@@ -1,0 +1,314 @@
+"""The hub: one per process and event loop, between the channel layer and the streams.
+
+It has one channel, one receive task and one tending task, however many streams there
+are. Each token with listeners has a :class:`Feed`; each stream has a
+:class:`Subscriber`, whose bounded buffer holds the same bytes objects as all others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import random
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from .conf import conf
+from .feeds import Feed, Subscriber
+from .history import History, Slice, get_history
+from .layers import MESSAGE_TYPE, is_process_local, make_hub_layer
+from .tokens import group_name
+
+logger = logging.getLogger("django_eventsource.hub")
+
+T = TypeVar("T")
+
+POLL_SECONDS_LOCAL = 0.5
+POLL_SECONDS_SHARED = 5.0
+REORDER_SECONDS = 0.02
+"""How long a gap may be nothing but messages that overtook each other."""
+JOIN_SECONDS = 1.0
+"""How long a new stream waits for its token's group before it reads the history."""
+REJOIN_SECONDS = 600.0
+"""Time between group joins: layers forget members, after 60 s or a day."""
+BACK_OFF_SECONDS = (0.5, 1, 2, 5, 10)
+
+
+class Hub:
+    """Receives from the channel layer and feeds the streams of one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.layer = make_hub_layer()
+        self._feeds: dict[str, Feed] = {}
+        self._by_group: dict[str, Feed] = {}
+        self._channel: str | None = None
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._keepalives: dict[float, set[Subscriber]] = {}
+        self._membership = asyncio.Lock()
+        self._start(self._receive())
+        self._start(self._tend())
+
+    @property
+    def history(self) -> History:
+        """The process's history."""
+        return get_history()
+
+    # For streams
+
+    async def subscribe(self, token: str, subscriber: Subscriber) -> None:
+        """Join the token's group and start feeding the subscriber."""
+        feed = self._feeds.get(token)
+        if feed is None:
+            feed = self._feeds[token] = Feed(token, group_name(token))
+            self._by_group[feed.group] = feed
+        feed.add(subscriber)
+        self._keep_alive(subscriber)
+        if not feed.joined:
+            # A layer that hangs delays a stream, and the head check makes up for it.
+            await asyncio.wait({self._start(self._join(feed))}, timeout=JOIN_SECONDS)
+        elif feed.last is not None:
+            # The feed passes on all that is newer than this: nothing needs to be read.
+            subscriber.go_live()
+
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """Stop feeding the subscriber. Does no harm when repeated."""
+        if subscriber.feed is not None:
+            subscriber.feed.remove(subscriber)
+            self._keepalives.get(subscriber.keepalive_seconds or 0, set()).discard(subscriber)
+
+    async def read(self, token: str, after: int) -> Slice:
+        """Read from the history, outside of any request's context.
+
+        A request's context would give every stream a thread of its own to read in.
+        """
+        budget = conf.stream_buffer_bytes
+        return await self._run(self.history.aread(token, after, max_bytes=budget))
+
+    # For publishers
+
+    def deliver(self, group: str, message: dict[str, Any]) -> None:
+        """Send to the hub's own layer, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop was closed just now
+            self.loop.call_soon_threadsafe(self._deliver, group, message)
+
+    def _deliver(self, group: str, message: dict[str, Any]) -> None:
+        if group in self._by_group:
+            self._start(self.layer.group_send(group, message))
+
+    # The receive task
+
+    async def _receive(self) -> None:
+        """Receive for ever. Never cancelled to do something else: that loses messages."""
+        failures = 0
+        while True:
+            try:
+                message = await self.layer.receive(await self._get_channel())
+            except Exception:
+                logger.exception("The channel layer failed to receive; trying again.")
+                await self._back_off(failures)
+                failures += 1
+                self._rejoin()
+                continue
+            failures = 0
+            try:
+                self._dispatch(message)
+            except Exception:
+                logger.exception("A channel-layer message could not be passed on.")
+
+    async def _get_channel(self) -> str:
+        if self._channel is None:
+            self._channel = await self.layer.new_channel("eventsource")
+        return self._channel
+
+    def _dispatch(self, message: Any) -> None:
+        match message:
+            case {
+                "type": str(kind),
+                "group": str(group),
+                "seq": int() | None as seq,
+                "finish": bool(finish),
+                "frame": bytes(frame),
+            } if kind == MESSAGE_TYPE:
+                feed = self._by_group.get(group)
+                if feed is not None and feed.receive(seq, frame, finish):
+                    self._wake.set()
+            case _:
+                logger.warning("Skipped a channel-layer message that is not ours: %.200r", message)
+
+    # The tending task
+
+    async def _tend(self) -> None:
+        """Check heads, close gaps, keep memberships: again and again."""
+        failures = 0
+        now = time.monotonic()
+        check_at, rejoin_at, prune_at = now, now + REJOIN_SECONDS, now + self._prune_seconds()
+        while True:
+            try:
+                await self._rest(check_at)
+                await self._join_missing()
+                await self._close_gaps()
+                now = time.monotonic()
+                if now >= check_at:
+                    check_at = now + self._poll_seconds()
+                    await self._check_heads()
+                    await self.history.arelease()
+                if now >= rejoin_at:
+                    rejoin_at = now + REJOIN_SECONDS
+                    self._rejoin()
+                if now >= prune_at:
+                    prune_at = now + self._prune_seconds()
+                    await self.history.aprune()
+                failures = 0
+            except Exception:
+                logger.exception("Tending the streams failed; trying again.")
+                await self._back_off(failures)
+                failures += 1
+
+    async def _rest(self, until: float) -> None:
+        """Wait for the next head check, or until a feed has a gap or lost its group."""
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+        self._wake.clear()
+        await asyncio.sleep(REORDER_SECONDS)
+
+    def _poll_seconds(self) -> float:
+        seconds = conf.poll_seconds
+        if seconds is None:
+            seconds = POLL_SECONDS_LOCAL if is_process_local() else POLL_SECONDS_SHARED
+        return seconds
+
+    async def _close_gaps(self) -> None:
+        for feed in [feed for feed in self._feeds.values() if feed.has_gap]:
+            await self._repair(feed)
+
+    async def _check_heads(self) -> None:
+        self._leave_empty()
+        known = {feed: feed.last for feed in self._feeds.values() if feed.last is not None}
+        heads, floor = await self.history.aheads([feed.token for feed in known])
+        for feed, last in known.items():
+            head = heads.get(feed.token)
+            if head is None:
+                # Nothing was published since the last check, or it would be here.
+                feed.raise_to(floor)
+            elif feed.compare(last, head):
+                await self._repair(feed)
+
+    async def _repair(self, feed: Feed) -> None:
+        """Pass on what the layer did not bring."""
+        more = True
+        while more and feed.subscribers and feed.last is not None:
+            after = feed.last
+            slice_ = await self.history.aread(
+                feed.token, after, max_bytes=conf.stream_buffer_bytes
+            )
+            more = feed.pass_on(after, slice_)
+            await asyncio.sleep(0)
+
+    # Membership
+
+    async def _join(self, feed: Feed) -> None:
+        try:
+            async with self._membership:
+                if not feed.joined:
+                    await self.layer.group_add(feed.group, await self._get_channel())
+                    feed.joined = True
+        except Exception:
+            # The head check brings what the layer does not; the next one joins again.
+            logger.exception("Could not join a channel-layer group; trying again.")
+
+    async def _join_missing(self) -> None:
+        for feed in [feed for feed in self._feeds.values() if not feed.joined]:
+            await self._join(feed)
+
+    def _rejoin(self) -> None:
+        for feed in self._feeds.values():
+            feed.joined = False
+        self._wake.set()
+
+    def _leave_empty(self) -> None:
+        for feed in [feed for feed in self._feeds.values() if not feed.subscribers]:
+            del self._feeds[feed.token], self._by_group[feed.group]
+            if self._channel is not None:
+                self._start(self._leave(feed.group, self._channel))
+
+    async def _leave(self, group: str, channel: str) -> None:
+        try:
+            async with self._membership:
+                if group not in self._by_group:
+                    await self.layer.group_discard(group, channel)
+        except Exception:
+            # Messages for a group without listeners are skipped.
+            logger.warning("Could not leave a channel-layer group.", exc_info=True)
+
+    # Keepalives: one timer for all streams with the same interval
+
+    def _keep_alive(self, subscriber: Subscriber) -> None:
+        seconds = subscriber.keepalive_seconds
+        if seconds is None:
+            return
+        members = self._keepalives.get(seconds)
+        if members is None:
+            members = self._keepalives[seconds] = set()
+            self.loop.call_later(seconds / 2, self._tick, seconds)
+        members.add(subscriber)
+
+    def _tick(self, seconds: float) -> None:
+        members = self._keepalives[seconds]
+        if not members:
+            del self._keepalives[seconds]
+            return
+        self.loop.call_later(seconds / 2, self._tick, seconds)
+        for subscriber in members:
+            subscriber.keep_alive()
+
+    # Running
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task of the hub's own, in no request's context."""
+        task = self.loop.create_task(work, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return await self._start(work)
+
+    def _prune_seconds(self) -> float:
+        seconds = conf.prune_seconds
+        if seconds is None:
+            return float("inf")
+        # Servers that started together do not prune together.
+        return seconds * random.uniform(0.5, 1.5)  # noqa: S311
+
+    async def _back_off(self, failures: int) -> None:
+        seconds = BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)]
+        await asyncio.sleep(seconds * random.uniform(0.5, 1))  # noqa: S311
+
+
+_hubs: dict[asyncio.AbstractEventLoop, Hub] = {}
+
+
+def get_hub() -> Hub:
+    """Give the hub of the running event loop, started when first asked for."""
+    loop = asyncio.get_running_loop()
+    hub = _hubs.get(loop)
+    if hub is None:
+        hubs()
+        hub = _hubs[loop] = Hub(loop)
+    return hub
+
+
+def hubs() -> list[Hub]:
+    """Give the hubs of this process, forgetting those whose loop is closed."""
+    for loop in [loop for loop in list(_hubs) if loop.is_closed()]:
+        # A hub's tasks hold its loop: a weak dictionary would never let go.
+        _hubs.pop(loop, None)
+    return list(_hubs.values())

@@ -1,0 +1,43 @@
+"""The channel layer, as a hub and a publisher see it.
+
+A layer is *process-local* when only this process receives what it sends: Channels'
+in-memory layer, which also serves where none is configured. It is bound to one event
+loop, so each hub has an instance of its own.
+"""
+
+from __future__ import annotations
+
+from channels.layers import (
+    BaseChannelLayer,
+    InMemoryChannelLayer,
+    channel_layers,
+    get_channel_layer,
+)
+
+from .conf import conf
+
+MESSAGE_TYPE = "eventsource.frame"
+
+# The hub keeps receiving; the history repairs what a longer burst loses.
+LOCAL_CAPACITY = 1000
+
+
+def get_layer() -> BaseChannelLayer | None:
+    """Give the configured layer (``EVENTSOURCE_CHANNEL_LAYER``), or ``None``."""
+    return get_channel_layer(conf.channel_layer)
+
+
+def is_process_local() -> bool:
+    """Tell whether only this process hears what is sent on the layer."""
+    layer = get_layer()
+    return layer is None or isinstance(layer, InMemoryChannelLayer)
+
+
+def make_hub_layer() -> BaseChannelLayer:
+    """Give a hub its layer: the shared one, or an in-memory one of its own."""
+    layer = get_layer()
+    if layer is None:
+        return InMemoryChannelLayer(capacity=LOCAL_CAPACITY)
+    if isinstance(layer, InMemoryChannelLayer):
+        return channel_layers.make_backend(conf.channel_layer)
+    return layer

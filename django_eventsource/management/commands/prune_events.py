@@ -1,0 +1,22 @@
+"""``manage.py prune_events``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.management.base import BaseCommand
+
+from ...history import get_history
+
+
+class Command(BaseCommand):
+    """Remove events that are over the history's bounds."""
+
+    help = (
+        "Remove the events that are over MAX_EVENTS or MAX_AGE. Servers with open streams do "
+        "it themselves; run this from cron where there are none."
+    )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        removed = get_history().prune()
+        self.stdout.write(f"Removed {removed} event{'' if removed == 1 else 's'}.")

@@ -1,0 +1,92 @@
+"""The tables of the database history.
+
+:class:`TokenHead` says where a token's history stands, :class:`StoredEvent` is the
+history, :class:`PendingEvent` the outbox of transactions that have committed but whose
+events have no sequence number yet.
+"""
+
+from __future__ import annotations
+
+from django.db import models
+from django.utils.translation import gettext_lazy as _
+
+
+class TokenHead(models.Model):
+    """One token with a history. The row's lock orders the token's publishers."""
+
+    key = models.CharField(max_length=32, unique=True, editable=False)
+    token = models.CharField(_("token"), max_length=255)
+    first = models.BigIntegerField(_("first sequence number"))
+    kept = models.BigIntegerField(_("oldest sequence number kept"))
+    last = models.BigIntegerField(_("last sequence number"))
+    closed = models.BigIntegerField(_("sequence number of the last close"), null=True)
+    updated = models.DateTimeField(_("last published"), db_index=True)
+
+    class Meta:
+        default_permissions = ("view",)
+        verbose_name = _("token")
+        verbose_name_plural = _("tokens")
+
+    def __str__(self) -> str:
+        return self.token
+
+
+class EventFields(models.Model):
+    """What an event is made of, stored or pending."""
+
+    action = models.CharField(_("action"), max_length=255)
+    data = models.BinaryField(_("data"))
+    event_id = models.CharField(_("own id"), max_length=255, null=True)  # noqa: DJ001
+    kind = models.CharField(_("kind"), max_length=6)
+    created = models.DateTimeField(_("published"))
+
+    class Meta:
+        abstract = True
+
+    def text(self) -> str:
+        """Give the data as text."""
+        return bytes(self.data).decode()
+
+
+class StoredEvent(EventFields):
+    """A durable event in its place in its token's history."""
+
+    # The head's row is deleted only after its events; the database checks it.
+    head = models.ForeignKey(TokenHead, models.DO_NOTHING, related_name="events", db_index=False)
+    seq = models.BigIntegerField(_("sequence number"))
+    size = models.PositiveIntegerField(_("bytes"))
+    pending_id = models.BigIntegerField(null=True, editable=False)
+
+    class Meta:
+        default_permissions = ("view",)
+        permissions = [
+            ("listen_event", "Can listen to the events of every token"),
+            ("send_event", "Can send events to every token"),
+        ]
+        verbose_name = _("stored event")
+        verbose_name_plural = _("stored events")
+        constraints = [
+            models.UniqueConstraint(fields=["head", "seq"], name="eventsource_head_seq"),
+        ]
+        indexes = [
+            models.Index(fields=["head", "event_id"], name="eventsource_event_id"),
+            models.Index(fields=["created"], name="eventsource_created"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.event_id or self.seq}"
+
+
+class PendingEvent(EventFields):
+    """A durable event whose transaction wrote it, before it has its sequence number."""
+
+    key = models.CharField(max_length=32, db_index=True, editable=False)
+    token = models.CharField(_("token"), max_length=255)
+
+    class Meta:
+        default_permissions = ("view",)
+        verbose_name = _("pending event")
+        verbose_name_plural = _("pending events")
+
+    def __str__(self) -> str:
+        return f"{self.action} (pending)"

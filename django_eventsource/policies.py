@@ -1,0 +1,158 @@
+"""Policies: who may listen, and who may send."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any, Protocol
+
+from asgiref.sync import sync_to_async
+from django.contrib.auth import aauthenticate
+from django.core.exceptions import PermissionDenied
+from django.http import HttpRequest
+from django.middleware.csrf import CsrfViewMiddleware
+
+from .exceptions import InvalidGrant, NotAuthenticated
+from .grants import Grant, read_grant
+
+LISTEN_PERMISSION = "django_eventsource.listen_event"
+SEND_PERMISSION = "django_eventsource.send_event"
+
+
+class Policy(Protocol):
+    """What ``EVENTSOURCE_POLICY`` names: a class that is made without arguments.
+
+    Both hooks may raise ``PermissionDenied`` (the answer is 403) or
+    :class:`~django_eventsource.exceptions.NotAuthenticated` (401) with the reason as
+    text. ``False`` means 403 for a logged-in user, else 401.
+    """
+
+    async def can_listen(self, request: HttpRequest, token: str) -> bool:
+        """May this request open a stream of the token?"""
+
+    async def can_send(self, request: HttpRequest, token: str, action: str) -> bool:
+        """May this request publish the action to the token?"""
+
+
+class AllowAny:
+    """Everybody may listen and send."""
+
+    async def can_listen(self, request: HttpRequest, token: str) -> bool:
+        return True
+
+    async def can_send(self, request: HttpRequest, token: str, action: str) -> bool:
+        return True
+
+
+class DefaultPolicy:
+    """Closed: a grant for the token, or a user with the model permission.
+
+    A grant comes in ``Authorization: Bearer`` or ``?grant=``. A user comes by HTTP Basic,
+    checked with ``authenticate()``, or by session, then with Django's CSRF check when
+    sending.
+    """
+
+    async def can_listen(self, request: HttpRequest, token: str) -> bool:
+        grant = find_grant(request)
+        if grant is not None:
+            return check_grant(grant, token, grant.listen, "listen to")
+        user = await basic_user(request) or await session_user(request)
+        return await has_permission(user, LISTEN_PERMISSION)
+
+    async def can_send(self, request: HttpRequest, token: str, action: str) -> bool:
+        grant = find_grant(request)
+        if grant is not None:
+            return check_grant(grant, token, grant.send, "send to")
+        user = await basic_user(request)
+        if user is None:
+            user = await session_user(request)
+            if user is not None:
+                await check_csrf(request)
+        return await has_permission(user, SEND_PERMISSION)
+
+
+def find_grant(request: HttpRequest) -> Grant | None:
+    """Read the request's grant, from the header or the query.
+
+    :raises NotAuthenticated: when there is one and it is forged, damaged or expired.
+    """
+    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        text = request.GET.get("grant", "")
+    if not text:
+        return None
+    try:
+        return read_grant(text.strip())
+    except InvalidGrant as error:
+        raise NotAuthenticated(str(error)) from error
+
+
+def check_grant(grant: Grant, token: str, right: bool, verb: str) -> bool:
+    """Check that a grant covers the token and the right.
+
+    :raises PermissionDenied: when it does not.
+    """
+    if grant.token != token:
+        raise PermissionDenied("The grant is for another token.")
+    if not right:
+        raise PermissionDenied(f"The grant does not allow to {verb} this token.")
+    return True
+
+
+async def basic_user(request: HttpRequest) -> Any:
+    """Give the user of HTTP Basic credentials (RFC 7617), or ``None`` without them.
+
+    :raises NotAuthenticated: when they are damaged or wrong.
+    """
+    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        name, _, password = base64.b64decode(text, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError) as error:
+        raise NotAuthenticated("The HTTP Basic credentials cannot be decoded.") from error
+    user = await aauthenticate(request, username=name, password=password)
+    if user is None:
+        raise NotAuthenticated("Wrong user name or password.")
+    return user
+
+
+async def session_user(request: HttpRequest) -> Any:
+    """Give the logged-in user, or ``None``."""
+    auser = getattr(request, "auser", None)
+    user = None if auser is None else await auser()
+    return user if user is not None and user.is_authenticated else None
+
+
+async def has_permission(user: Any, permission: str) -> bool:
+    """Check a user's model permission.
+
+    :raises NotAuthenticated: when there is no user.
+    :raises PermissionDenied: when the user lacks it.
+    """
+    if user is None:
+        raise NotAuthenticated("A grant for this token, or a login, is required.")
+    if not await user.ahas_perm(permission):
+        raise PermissionDenied(f"The user lacks the permission {permission}.")
+    return True
+
+
+async def check_csrf(request: HttpRequest) -> None:
+    """Run Django's CSRF check, which a session's request must pass.
+
+    :raises PermissionDenied: when it does not.
+    """
+    reason = await sync_to_async(_csrf_reason)(request)
+    if reason is not None:
+        raise PermissionDenied(f"CSRF check failed: {reason}")
+
+
+class _CsrfCheck(CsrfViewMiddleware):
+    def _reject(self, request: HttpRequest, reason: str) -> Any:
+        return reason
+
+
+def _csrf_reason(request: HttpRequest) -> Any:
+    check = _CsrfCheck(lambda request: None)  # type: ignore[arg-type, return-value]
+    check.process_request(request)
+    return check.process_view(request, lambda request: None, (), {})  # type: ignore[arg-type, return-value]

@@ -1,0 +1,137 @@
+"""Publishing: from any code, if and only if the transaction around it commits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from asgiref.sync import async_to_sync, sync_to_async
+from django.db import transaction
+from django.utils.asyncio import async_unsafe
+
+from .conf import check_event_class, conf
+from .events import Event, is_durable
+from .exceptions import DeliveryFailed, UnknownAction
+from .history import Draft, Entry, get_history
+from .hub import hubs
+from .layers import MESSAGE_TYPE, get_layer, is_process_local
+from .tokens import check_token, group_name
+
+logger = logging.getLogger("django_eventsource.publishing")
+
+
+@async_unsafe("publish() blocks: in async code call `await apublish(...)` instead.")
+def publish(
+    token: str, action: str, value: Any = "", event_class: type[Event] | None = None
+) -> Event:
+    """Publish an event to the listeners of a token.
+
+    Inside ``transaction.atomic`` the event is published when the transaction commits,
+    and never when it rolls back; until then the ``id`` of an ``EventId`` class is
+    ``None``.
+
+    :param token: 1 to 255 characters.
+    :param action: one of the class's ``ACTIONS``.
+    :param value: what the class accepts.
+    :param event_class: ``EVENTSOURCE_EVENT_CLASS`` if not given.
+    :returns: the event; outside of a transaction with its id.
+    :raises ValueError: when the token, the action or the value is not acceptable; then
+        nothing was published.
+    :raises DeliveryFailed: when a live-only event did not reach the channel layer.
+    """
+    event_class = conf.event_class if event_class is None else check_event_class(event_class)
+    event = make_event(token, action, value, event_class)
+    draft = Draft.of(event)
+    if is_durable(event_class):
+        _publish_durable(event, draft)
+    else:
+        _publish_live(event, draft)
+    return event
+
+
+async def apublish(
+    token: str, action: str, value: Any = "", event_class: type[Event] | None = None
+) -> Event:
+    """Await :func:`publish`, which runs in Django's thread for synchronous work."""
+    return await sync_to_async(publish)(token, action, value, event_class)
+
+
+def make_event(token: str, action: str, value: Any, event_class: type[Event]) -> Event:
+    """Make an event whose token and action are checked.
+
+    :raises ValueError: when one of them is not acceptable, or the value is not.
+    """
+    check_token(token)
+    if action not in event_class.ACTIONS:
+        raise UnknownAction(action, list(event_class.ACTIONS), event_class.__name__)
+    return event_class(token, action, value)
+
+
+def _publish_durable(event: Event, draft: Draft) -> None:
+    history = get_history()
+    if transaction.get_connection(history.using).in_atomic_block:
+        append = history.stage(event.token, [draft])
+        _on_commit(partial(_append, event, append), history.using)
+    else:
+        _append(event, partial(history.append, event.token, [draft]))
+
+
+def _append(event: Event, append: Callable[[], list[Entry]]) -> None:
+    entry = append()[0]
+    event._seq = entry.seq
+    try:
+        _send(event.token, entry.seq, entry.frame(), entry.finishes)
+    except Exception:
+        # Not lost: every hub finds it in the history at its next head check.
+        logger.warning("The channel layer failed; listeners get the event later.", exc_info=True)
+
+
+def _publish_live(event: Event, draft: Draft) -> None:
+    using = get_history().using
+    send = partial(_send, event.token, None, draft.frame(), event.action == event.FINISH)
+    if transaction.get_connection(using).in_atomic_block:
+        _on_commit(send, using)
+        return
+    try:
+        send()
+    except Exception as error:
+        raise DeliveryFailed(
+            f"The event for {event.token!r} did not reach the channel layer ({error!r}). "
+            "It is live only and was not stored."
+        ) from error
+
+
+def _on_commit(work: Callable[[], None], using: str) -> None:
+    # Robust: a failure after the commit must neither reach the caller, whose data is
+    # safe, nor keep other hooks from running.
+    transaction.on_commit(work, using=using, robust=True)
+
+
+def _send(token: str, seq: int | None, frame: bytes, finish: bool) -> None:
+    """Send a frame to every process's hub."""
+    group = group_name(token)
+    message = {
+        "type": MESSAGE_TYPE,
+        "group": group,
+        "seq": seq,
+        "finish": finish,
+        "frame": frame,
+    }
+    layer = get_layer()
+    if layer is None or is_process_local():
+        for hub in hubs():
+            hub.deliver(group, message)
+        return
+    send = partial(async_to_sync(layer.group_send), group, message)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        send()
+    else:
+        # DJANGO_ALLOW_ASYNC_UNSAFE, as in a notebook: block here, send elsewhere.
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            executor.submit(send).result()
