@@ -1,14 +1,20 @@
 """The app's configuration."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from django.apps import AppConfig
 from django.core import checks
+from django.db import connections, router
+from django.db.models.signals import post_migrate
 from django.utils.translation import gettext_lazy as _
 
-from .checks import check_settings, check_server
+from .checks import check_server, check_settings
 
 
 class EventSourceConfig(AppConfig):
-    """Registers the system checks."""
+    """Registers the system checks and the receiver that prepares the tables."""
 
     name = "django_eventsource"
     verbose_name = _("Server-sent events")
@@ -17,3 +23,11 @@ class EventSourceConfig(AppConfig):
     def ready(self) -> None:
         checks.register(check_settings, "eventsource")
         checks.register(check_server, "eventsource")
+        post_migrate.connect(self.prepare, sender=self)
+
+    def prepare(self, using: str, **kwargs: Any) -> None:
+        """Set the floor in the migrated or emptied database, if the tables are there."""
+        head = self.get_model("TokenHead")
+        tables = connections[using].introspection.table_names()
+        if router.allow_migrate_model(using, head) and head._meta.db_table in tables:
+            self.models_module.set_floor(using)  # type: ignore[union-attr]

@@ -7,8 +7,15 @@ events have no sequence number yet.
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 from django.db import models
+from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
+
+FLOOR_KEY = ""
+"""The key of the row that keeps the floor: the highest number of any forgotten token."""
 
 
 class TokenHead(models.Model):
@@ -90,3 +97,16 @@ class PendingEvent(EventFields):
 
     def __str__(self) -> str:
         return f"{self.action} (pending)"
+
+
+def set_floor(using: str, **kwargs: Any) -> None:
+    """Make sure that the floor is there: at first the clock, in microseconds.
+
+    Received after every ``migrate`` and ``flush``: no number that listeners were given
+    before the tables were emptied is known after it.
+    """
+    now = timezone.now()
+    floor = TokenHead(
+        key=FLOOR_KEY, first=0, kept=0, last=time.time_ns() // 1000, updated=now
+    )
+    TokenHead.objects.using(using).bulk_create([floor], ignore_conflicts=True)

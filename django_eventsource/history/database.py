@@ -27,12 +27,10 @@ from django.db.models.functions import Greatest
 from django.db.utils import DatabaseError, OperationalError
 from django.utils import timezone
 
-from ..models import PendingEvent, StoredEvent, TokenHead
+from ..models import FLOOR_KEY, PendingEvent, StoredEvent, TokenHead, set_floor
 from ..tokens import token_key
 from .base import Draft, Entry, History, Kind, Slice, T
 
-FLOOR_KEY = ""
-"""The row that keeps the floor: the highest number of any forgotten token."""
 
 BATCH = 500
 CONTENTION_SECONDS = 60
@@ -168,8 +166,8 @@ class DatabaseHistory(History):
             until = seq
         entries = tuple(_entry(row) for row in rows.filter(seq__lte=until))
         first = entries[0].seq if entries else 0
-        begins = first == head.first and floor <= after < first
-        complete = first == after + 1 or begins
+        # The floor is the only number below a life that listeners were given.
+        complete = first == after + 1 or (after == floor and first == head.first)
         return Slice(entries=entries if complete else (), complete=complete, last=head.last)
 
     def heads(self, tokens: Iterable[str]) -> tuple[dict[str, int], int]:
@@ -246,8 +244,7 @@ class DatabaseHistory(History):
             return
         row = self._heads.filter(key=FLOOR_KEY)
         while not row.update(last=Greatest(F("last"), last)):
-            floor = TokenHead(key=FLOOR_KEY, first=0, kept=0, last=0, updated=before)
-            self._heads.bulk_create([floor], ignore_conflicts=True)
+            set_floor(self.using)
 
     # Running
 

@@ -70,7 +70,7 @@ class MemoryHistory(History):
             if life is None:
                 return Slice(complete=after == self._floor, last=self._floor)
             seq = after + 1
-            if self._floor <= after < life.first:
+            if after == self._floor:
                 seq = life.first
             if not life.kept <= seq <= life.last + 1:
                 return Slice(complete=False, last=life.last)

@@ -1,0 +1,38 @@
+"""The settings that the tests run on: the demo site's, and a PostgreSQL server."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from .settings import *  # noqa: F403
+from .settings import DATABASES
+
+# Server processes that a test starts find the same databases through these variables.
+TEST_DIR = Path(
+    os.environ.setdefault("EVENTSOURCE_TEST_DIR", tempfile.mkdtemp(prefix="eventsource-"))
+)
+# Where the PostgreSQL wheel keeps its lock; it warns when it has to choose itself.
+os.environ.setdefault("XDG_RUNTIME_DIR", str(TEST_DIR))
+TEST_DATABASE = os.environ.get("EVENTSOURCE_TEST_DATABASE", "")
+
+SECRET_KEY = "tests"
+DEBUG = False
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+# Django's own defaults: no tuning that a user might not have.
+DATABASES["default"] = {
+    "ENGINE": "django.db.backends.sqlite3",
+    "NAME": TEST_DATABASE or TEST_DIR / "unused.sqlite3",
+    "TEST": {"NAME": TEST_DIR / "test.sqlite3"},
+}
+DATABASES["postgres"] = {
+    "ENGINE": "django.db.backends.postgresql",
+    "HOST": str(TEST_DIR / "pg"),
+    "USER": "postgres",
+    "NAME": "test_eventsource" if TEST_DATABASE else "postgres",
+    "TEST": {"NAME": "test_eventsource", "DEPENDENCIES": []},
+}
+
+# What a test wants to be different in a process that it starts.
+globals().update(json.loads(os.environ.get("EVENTSOURCE_TEST_SETTINGS", "{}")))

@@ -1,0 +1,115 @@
+"""Real processes for the tests: Python code with Django set up, and servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE = 60.0
+"""Seconds after which a process or a socket that says nothing fails its test."""
+
+POSTGRES = {
+    "BACKEND": "django_eventsource.history.database.DatabaseHistory",
+    "OPTIONS": {"USING": "postgres"},
+}
+
+
+def environment(**overrides: Any) -> dict[str, str]:
+    """Give the environment of a process on the test databases, with settings changed."""
+    return {
+        **os.environ,
+        "DJANGO_SETTINGS_MODULE": "testproject.test_settings",
+        "EVENTSOURCE_TEST_DIR": str(settings.TEST_DIR),
+        "EVENTSOURCE_TEST_DATABASE": str(settings.TEST_DIR / "test.sqlite3"),
+        "EVENTSOURCE_TEST_SETTINGS": json.dumps(overrides),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "testproject")]),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def start_python(code: str, *args: object, **overrides: Any) -> subprocess.Popen[str]:
+    """Start a Python process with Django set up before the code."""
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import django; django.setup()\n{code}", *map(str, args)],
+        env=environment(**overrides),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_python(code: str, *args: object, **overrides: Any) -> str:
+    """Run such a process to its end and give what it printed."""
+    process = start_python(code, *args, **overrides)
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, err
+    return out
+
+
+class Server:
+    """An ASGI server process on a socket that the test keeps.
+
+    The socket listens before the server runs, so that nobody waits for it to be ready,
+    and connections made while it is restarted wait in the socket's queue.
+    """
+
+    def __init__(self, kind: str, **overrides: Any) -> None:
+        self.kind = kind
+        self.overrides = overrides
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.port: int = self.socket.getsockname()[1]
+        self.address = ("127.0.0.1", self.port)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = settings.TEST_DIR / f"{kind}-{self.port}.log"
+
+    def start(self) -> None:
+        """Start the process."""
+        fd = str(self.socket.fileno())
+        application = "testproject.asgi:application"
+        commands = {
+            "daphne": ["daphne", "-v", "0", "--fd", fd, application],
+            "uvicorn": ["uvicorn", "--log-level", "warning", "--fd", fd, application],
+        }
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", *commands[self.kind]],
+                env=environment(**self.overrides),
+                pass_fds=[self.socket.fileno()],
+                stdout=log,
+                stderr=log,
+            )
+
+    def stop(self, how: signal.Signals = signal.SIGKILL) -> int:
+        """End the process, at once unless told otherwise, and give its exit status."""
+        assert self.process is not None
+        self.process.send_signal(how)
+        return self.process.wait(DEADLINE)
+
+    def close(self) -> None:
+        """End the process if it runs, and the socket."""
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
+        self.socket.close()
+
+
+@contextmanager
+def serve(kind: str, **overrides: Any) -> Iterator[Server]:
+    """Run a server for the time of a block."""
+    server = Server(kind, **overrides)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
