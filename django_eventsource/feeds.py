@@ -194,7 +194,7 @@ class Subscriber:
     def go_live(self) -> None:
         """Become live, unless the feed is ahead of what was read."""
         if self.feed is not None:
-            self.live = self.feed.adopt(self.position)
+            self.feed.adopt(self)
 
 
 class Feed:
@@ -240,15 +240,15 @@ class Feed:
         self.has_gap = self.last is not None
         return self.has_gap
 
-    def adopt(self, position: int) -> bool:
+    def adopt(self, subscriber: Subscriber) -> None:
         """Let a subscriber that has read up to a place be live, if the feed is not ahead.
 
         The first one tells the feed where the history stands.
         """
         if self.last is None:
-            self.last = position
-            self._pass_early()
-        return position >= self.last
+            self.last = subscriber.position
+        subscriber.live = subscriber.position >= self.last
+        self._pass_early()
 
     def pass_on(self, after: int, slice_: Slice) -> bool:
         """Pass on what was read from the history after a place, to close a gap.
@@ -256,14 +256,15 @@ class Feed:
         ``True`` when another read is needed.
         """
         if not slice_.complete:
-            if after == self.last:
-                self._reset(slice_.last)
-            return after != self.last
+            if after != self.last:
+                return True  # the layer was faster: this says nothing any more
+            self._reset(slice_.last)
+            return False
         for entry in slice_.entries:
             if entry.seq > (self.last or 0):
                 self._pass(entry.seq, entry.frame(), entry.finishes)
         self._pass_early()
-        return slice_.more
+        return slice_.more and slice_.last > (self.last or 0)
 
     def compare(self, known: int, head: int) -> bool:
         """Compare with the history's head; ``True`` when a read is needed.

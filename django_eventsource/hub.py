@@ -50,6 +50,7 @@ class Hub:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._keepalives: dict[float, set[Subscriber]] = {}
         self._membership = asyncio.Lock()
+        self._joining: asyncio.Task[None] | None = None
         self._start(self._receive())
         self._start(self._tend())
 
@@ -150,13 +151,15 @@ class Hub:
         while True:
             try:
                 await self._rest(check_at)
-                await self._join_missing()
+                if self._joining is None or self._joining.done():
+                    # Not awaited: a layer that hangs must not hold up the history.
+                    self._joining = self._start(self._join_missing())
                 await self._close_gaps()
                 now = time.monotonic()
                 if now >= check_at:
-                    check_at = now + self._poll_seconds()
                     await self._check_heads()
                     await self.history.arelease()
+                    check_at = now + self._poll_seconds()
                 if now >= rejoin_at:
                     rejoin_at = now + REJOIN_SECONDS
                     self._rejoin()
@@ -171,13 +174,12 @@ class Hub:
 
     async def _rest(self, until: float) -> None:
         """Wait for the next head check, or until a feed has a gap or lost its group."""
-        try:
-            async with asyncio.timeout(until - time.monotonic()):
-                await self._wake.wait()
-        except TimeoutError:
-            return
+        timer = self.loop.call_later(until - time.monotonic(), self._wake.set)
+        await self._wake.wait()
+        timer.cancel()
         self._wake.clear()
-        await asyncio.sleep(REORDER_SECONDS)
+        if any(feed.has_gap for feed in self._feeds.values()):
+            await asyncio.sleep(REORDER_SECONDS)
 
     def _poll_seconds(self) -> float:
         seconds = conf.poll_seconds
@@ -236,14 +238,13 @@ class Hub:
     def _leave_empty(self) -> None:
         for feed in [feed for feed in self._feeds.values() if not feed.subscribers]:
             del self._feeds[feed.token], self._by_group[feed.group]
-            if self._channel is not None:
-                self._start(self._leave(feed.group, self._channel))
+            self._start(self._leave(feed.group))
 
-    async def _leave(self, group: str, channel: str) -> None:
+    async def _leave(self, group: str) -> None:
         try:
             async with self._membership:
                 if group not in self._by_group:
-                    await self.layer.group_discard(group, channel)
+                    await self.layer.group_discard(group, await self._get_channel())
         except Exception:
             # Messages for a group without listeners are skipped.
             logger.warning("Could not leave a channel-layer group.", exc_info=True)

@@ -380,7 +380,10 @@ def read_back(event: Event) -> tuple[str, bytes, str | None, Kind]:
 def test_draft_of_each_kind() -> None:
     """A draft holds what goes over the wire."""
     assert read_back(StringEvent("t", "ping", "a\r\nb\rc")) == (
-        "ping", b"a\nb\nc", None, Kind.EVENT,
+        "ping",
+        b"a\nb\nc",
+        None,
+        Kind.EVENT,
     )
     assert read_back(StringIdEvent("t", "retry", "50"))[3] == Kind.RETRY
     assert read_back(JSONIdEvent("t", "close"))[1:] == (b"null", None, Kind.FINISH)

@@ -1,0 +1,455 @@
+"""Feeds and subscribers: order, bounds, gaps. No I/O, so every case can be made."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from django_eventsource import feeds
+from django_eventsource.feeds import Feed, Subscriber, reset_frame
+from django_eventsource.frames import KEEPALIVE, Decoder
+from django_eventsource.history import Entry, Kind, Slice
+from tests.histories import draft
+
+
+def entry(seq: int, kind: Kind = Kind.EVENT) -> Entry:
+    return Entry(seq=seq, draft=draft(str(seq), kind=kind))
+
+
+def read(*seqs: int, last: int, complete: bool = True) -> Slice:
+    """What a history would give."""
+    return Slice(entries=tuple(entry(seq) for seq in seqs), complete=complete, last=last)
+
+
+def send(feed: Feed, seq: int | None, text: str = "", *, finish: bool = False) -> bool:
+    """What the layer would bring."""
+    one = draft(text or str(seq), kind=Kind.FINISH if finish else Kind.EVENT)
+    return feed.receive(seq, one.frame(seq), finish)
+
+
+def subscribe(feed: Feed, position: int = 10, *, size: int = 10_000) -> Subscriber:
+    """A subscriber that has caught up at a place."""
+    subscriber = Subscriber(position, buffer_bytes=size, keepalive_seconds=None)
+    feed.add(subscriber)
+    subscriber.catch_up(read(last=position))
+    return subscriber
+
+
+def got(subscriber: Subscriber) -> list[str]:
+    """The data of all events that the stream would write now."""
+    chunk = subscriber.take_loss() + subscriber.take()
+    return [event.data for event in Decoder().feed(chunk)]
+
+
+@pytest.fixture
+def feed() -> Feed:
+    return Feed("t", "g")
+
+
+# Order
+
+
+def test_events_in_order_are_passed_on(feed: Feed) -> None:
+    """What comes in order reaches every subscriber, in one write."""
+    one, two = subscribe(feed), subscribe(feed)
+    assert not any([send(feed, 11), send(feed, 12)])
+    assert got(one) == got(two) == ["11", "12"]
+    assert got(one) == []
+
+
+def test_all_subscribers_share_the_bytes(feed: Feed) -> None:
+    """A frame is the same object in every buffer."""
+    one, two = subscribe(feed), subscribe(feed)
+    send(feed, 11)
+    assert one._buffer[0] is two._buffer[0]
+
+
+def test_repeated_events_are_dropped(feed: Feed) -> None:
+    """An event that came already is not passed on again."""
+    subscriber = subscribe(feed)
+    for seq in (11, 11, 10, 9, 12):
+        send(feed, seq)
+    assert got(subscriber) == ["11", "12"]
+
+
+def test_early_events_wait_for_the_missing_one(feed: Feed) -> None:
+    """Messages that overtook each other are put in order."""
+    subscriber = subscribe(feed)
+    assert send(feed, 13)
+    assert send(feed, 12)
+    assert got(subscriber) == []
+    assert not send(feed, 11)
+    assert got(subscriber) == ["11", "12", "13"]
+    assert not feed.has_gap
+
+
+def test_a_gap_is_closed_from_the_history(feed: Feed) -> None:
+    """What the layer lost is read, and what was held follows."""
+    subscriber = subscribe(feed)
+    assert send(feed, 13)
+    assert feed.has_gap
+    assert not feed.pass_on(10, read(11, 12, last=13))
+    assert got(subscriber) == ["11", "12", "13"]
+    assert not feed.has_gap
+
+
+def test_a_long_gap_is_read_in_parts(feed: Feed) -> None:
+    """As long as the history has more, more is read."""
+    subscriber = subscribe(feed)
+    assert feed.pass_on(10, read(11, 12, last=14))
+    assert not feed.pass_on(12, read(13, 14, last=14))
+    assert got(subscriber) == ["11", "12", "13", "14"]
+
+
+def test_what_came_while_reading_is_not_passed_on_twice(feed: Feed) -> None:
+    """A read that was overtaken by the layer does no harm."""
+    subscriber = subscribe(feed)
+    send(feed, 11)
+    send(feed, 12)
+    feed.pass_on(10, read(11, 12, 13, last=13))
+    assert got(subscriber) == ["11", "12", "13"]
+
+
+def test_events_held_are_bounded(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the bound the history is relied on."""
+    monkeypatch.setattr(feeds, "MAX_EARLY", 2)
+    subscriber = subscribe(feed)
+    for seq in (12, 13, 14):
+        assert send(feed, seq)
+    feed.pass_on(10, read(11, last=14))
+    assert got(subscriber) == ["11", "12", "13"]
+
+
+def test_messages_before_the_first_catch_up_are_held(feed: Feed) -> None:
+    """A feed that does not know its place yet loses nothing and reports no gap."""
+    subscriber = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber)
+    assert not send(feed, 12)
+    assert subscriber.catch_up(read(11, last=11)) != b""
+    assert subscriber.live
+    assert got(subscriber) == ["12"]
+
+
+# Catching up
+
+
+def test_a_subscriber_behind_reads_until_it_meets_the_feed(feed: Feed) -> None:
+    """Live events are not buffered for one that is behind; it reads them."""
+    subscribe(feed, 20)
+    late = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(late)
+    send(feed, 21)
+    assert late.catch_up(read(11, 12, last=20)) == entry(11).frame() + entry(12).frame()
+    assert not late.live
+    late.catch_up(read(*range(13, 21), last=20))
+    assert not late.live, "the feed is at 21"
+    late.catch_up(read(21, last=21))
+    assert late.live
+    send(feed, 22)
+    assert got(late) == ["22"]
+
+
+def test_a_subscriber_ahead_of_the_feed_skips_what_it_has(feed: Feed) -> None:
+    """One that read more than the layer brought gets nothing twice."""
+    early = subscribe(feed, 10)
+    ahead = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(ahead)
+    ahead.catch_up(read(11, 12, last=12))
+    assert ahead.live
+    for seq in (11, 12, 13):
+        send(feed, seq)
+    assert got(ahead) == ["13"]
+    assert got(early) == ["11", "12", "13"]
+
+
+def test_reading_what_is_gone_resets(feed: Feed) -> None:
+    """A subscriber whose events were trimmed is told, and goes on live."""
+    subscriber = Subscriber(5, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber)
+    chunk = subscriber.catch_up(read(last=30, complete=False))
+    (event,) = Decoder().feed(chunk)
+    assert (event.event, event.id) == ("reset", "30")
+    assert json.loads(event.data) == {"reason": "expired", "after": "5", "resume": "30"}
+    assert subscriber.live
+    send(feed, 31)
+    assert got(subscriber) == ["31"]
+
+
+def test_a_closed_subscriber_does_not_become_live(feed: Feed) -> None:
+    """One that was removed while it read is left alone."""
+    subscriber = Subscriber(5, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber)
+    feed.remove(subscriber)
+    subscriber.catch_up(read(last=5))
+    assert not subscriber.live
+
+
+# Closing
+
+
+def test_close_is_the_last_event(feed: Feed) -> None:
+    """After the close nothing is buffered, live-only events neither."""
+    subscriber = subscribe(feed)
+    send(feed, 11, "bye", finish=True)
+    send(feed, 12)
+    send(feed, None, "late")
+    assert got(subscriber) == ["bye"]
+    assert subscriber.finished
+
+
+def test_close_in_the_history_ends_the_catch_up(feed: Feed) -> None:
+    """A replay stops at the close, though events follow; nothing buffered is sent."""
+    subscriber = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber)
+    send(feed, None, "live")
+    entries = (entry(11), entry(12, Kind.FINISH), entry(13))
+    chunk = subscriber.catch_up(Slice(entries=entries, complete=True, last=13))
+    assert [event.data for event in Decoder().feed(chunk)] == ["11", "12"]
+    assert subscriber.finished
+    assert subscriber.live
+    assert got(subscriber) == []
+
+
+def test_live_only_close_ends_even_a_full_subscriber(feed: Feed) -> None:
+    """A close without an id always finds room."""
+    subscriber = subscribe(feed, size=60)
+    send(feed, None, "x" * 30)
+    send(feed, None, "bye" * 10, finish=True)
+    assert subscriber.finished
+    assert got(subscriber)[-1] == "bye" * 10
+
+
+# Bounds
+
+
+def test_overflow_drops_the_buffer_not_the_listener(feed: Feed) -> None:
+    """A full subscriber falls behind and reads everything from the history."""
+    subscriber = subscribe(feed, size=100)
+    for seq in range(11, 30):
+        send(feed, seq)
+        assert subscriber._size <= 100
+    assert not subscriber.live
+    assert subscriber.position == 10
+    chunk = subscriber.catch_up(read(*range(11, 30), last=29))
+    assert [event.data for event in Decoder().feed(chunk)] == [str(n) for n in range(11, 30)]
+    assert subscriber.live
+    assert subscriber.take_loss() == b""
+
+
+def test_overflow_goes_back_to_what_was_written(feed: Feed) -> None:
+    """Events already taken for the socket are not sent again."""
+    subscriber = subscribe(feed, size=100)
+    send(feed, 11)
+    assert got(subscriber) == ["11"]
+    for seq in range(12, 20):
+        send(feed, seq)
+    assert subscriber.position == 11
+
+
+def test_one_event_larger_than_the_buffer_is_held(feed: Feed) -> None:
+    """The bound never keeps a single event out."""
+    subscriber = subscribe(feed, size=10)
+    send(feed, 11, "x" * 1000)
+    assert got(subscriber) == ["x" * 1000]
+
+
+def test_lost_live_only_events_are_told(feed: Feed) -> None:
+    """Live-only events that no history has are reported with reset."""
+    subscriber = subscribe(feed, size=100)
+    for n in range(10):
+        send(feed, None, f"live {n}")
+    subscriber.catch_up(read(last=10))
+    chunk = subscriber.take_loss() + subscriber.take()
+    events = Decoder("before").feed(chunk)
+    assert events[0].event == "reset"
+    assert json.loads(events[0].data) == {"reason": "overflow", "after": None, "resume": None}
+    assert events[0].id == "before", "it does not move the cursor"
+    assert subscriber.take_loss() == b"", "it is told once"
+
+
+def test_live_only_events_before_an_overflow_are_told(feed: Feed) -> None:
+    """A durable event that finds no room throws out live-only ones: they are lost."""
+    subscriber = subscribe(feed, size=100)
+    send(feed, None, "live")
+    for seq in range(11, 20):
+        send(feed, seq)
+    assert b"overflow" in subscriber.take_loss()
+
+
+def test_live_only_events_are_held_for_one_that_reads(feed: Feed) -> None:
+    """They need no catching up, only room."""
+    subscriber = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber)
+    send(feed, None, "live")
+    subscriber.catch_up(read(11, last=11))
+    assert got(subscriber) == ["live"]
+
+
+# Heads and floors
+
+
+def test_a_head_that_is_further_needs_a_read(feed: Feed) -> None:
+    """The head check finds what the layer did not bring."""
+    subscribe(feed)
+    assert feed.compare(10, 12)
+    assert not feed.compare(10, 10)
+
+
+def test_a_head_that_went_back_resets(feed: Feed) -> None:
+    """A history that was replaced by an older one is told; its numbers come again."""
+    subscriber = subscribe(feed, 20)
+    send(feed, 22)
+    assert not feed.compare(20, 15)
+    (event,) = Decoder().feed(subscriber.take())
+    assert json.loads(event.data) == {"reason": "expired", "after": "20", "resume": "15"}
+    assert not feed.has_gap
+    send(feed, 16)
+    assert got(subscriber) == ["16"]
+
+
+def test_a_head_asked_for_before_an_event_came_is_no_step_back(feed: Feed) -> None:
+    """What the layer brought while the head was asked for is no contradiction."""
+    subscriber = subscribe(feed)
+    send(feed, 11)
+    assert not feed.compare(10, 10)
+    assert got(subscriber) == ["11"]
+
+
+def test_a_gap_that_is_gone_resets_everybody(feed: Feed) -> None:
+    """When the history lacks what the layer lost, the listeners are told."""
+    subscriber, other = subscribe(feed), Subscriber(3, buffer_bytes=100, keepalive_seconds=None)
+    feed.add(other)
+    send(feed, 12)
+    assert not feed.pass_on(10, read(last=50, complete=False))
+    (event,) = Decoder().feed(subscriber.take())
+    assert json.loads(event.data) == {"reason": "expired", "after": "10", "resume": "50"}
+    assert not feed.has_gap
+    assert other.take() == b"", "one that is behind finds out by itself"
+    send(feed, 51)
+    assert got(subscriber) == ["51"]
+
+
+def test_an_overtaken_read_does_not_reset(feed: Feed) -> None:
+    """A read from a place that the feed has left says nothing about it."""
+    subscriber = subscribe(feed)
+    send(feed, 11)
+    assert feed.pass_on(10, read(last=11, complete=False))
+    assert got(subscriber) == ["11"]
+
+
+def test_a_risen_floor_takes_listeners_along(feed: Feed) -> None:
+    """Listeners of a token without events follow the floor, so that they can resume."""
+    subscriber = subscribe(feed, 10)
+    feed.raise_to(10)
+    feed.raise_to(40)
+    assert subscriber.take() == b"id: 40\n\n"
+    feed.raise_to(30)
+    assert subscriber.take() == b""
+    send(feed, 41)
+    assert got(subscriber) == ["41"]
+
+
+def test_a_floor_says_nothing_to_a_feed_without_a_place(feed: Feed) -> None:
+    """Before the first catch-up there is nothing to move, nor for a finished subscriber."""
+    feed.raise_to(40)
+    assert feed.last is None
+    subscriber = subscribe(feed, 50)
+    subscriber.finished = True
+    feed.raise_to(60)
+    assert subscriber.take() == b""
+
+
+# Keepalives and waiting
+
+
+def test_keepalive_only_on_a_silent_stream(feed: Feed) -> None:
+    """Two ticks without a write give one keepalive; a stalled reader gets no more."""
+    subscriber = subscribe(feed)
+    subscriber.keep_alive()
+    assert subscriber.take() == b""
+    subscriber.keep_alive()
+    subscriber.keep_alive()
+    subscriber.keep_alive()
+    assert subscriber.take() == KEEPALIVE
+    send(feed, 11)
+    got(subscriber)
+    subscriber.keep_alive()
+    assert subscriber.take() == b""
+
+
+async def test_waiting_ends_with_news(feed: Feed) -> None:
+    """A waiting stream is woken by an event, and waits no longer than that."""
+    subscriber = subscribe(feed)
+    waiting = asyncio.ensure_future(subscriber.wait())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    send(feed, 11)
+    send(feed, 12)
+    await waiting
+    await subscriber.wait()
+    assert got(subscriber) == ["11", "12"]
+
+
+async def test_cancelled_waiting_leaves_nothing(feed: Feed) -> None:
+    """A subscriber whose stream was cancelled can still be written to."""
+    subscriber = subscribe(feed)
+    waiting = asyncio.ensure_future(subscriber.wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    send(feed, 11)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    send(feed, 12)
+    assert got(subscriber) == ["11", "12"]
+
+
+def test_reset_frame_without_a_place() -> None:
+    """A reset that moves nobody has no id line."""
+    assert b"id:" not in reset_frame("overflow", after=None, resume=None)
+
+
+# Everything together
+
+
+@given(st.data())
+def test_whatever_the_layer_does_nothing_is_missing(data: st.DataObject) -> None:
+    """Lost, repeated and disordered messages, reads and overflows: all events, once, in order."""
+    total = data.draw(st.integers(1, 30))
+    history = [entry(seq) for seq in range(1, total + 1)]
+    feed = Feed("t", "g")
+    subscriber = Subscriber(0, buffer_bytes=120, keepalive_seconds=None)
+    feed.add(subscriber)
+    written = b""
+    published = 0
+
+    def look(after: int) -> Slice:
+        known = tuple(one for one in history[:published] if one.seq > after)
+        return Slice(entries=known[:4], complete=True, last=max(published, after))
+
+    for _ in range(data.draw(st.integers(1, 60))):
+        match data.draw(st.sampled_from(["publish", "layer", "repair", "catch up", "write"])):
+            case "publish":
+                published = min(published + 1, total)
+            case "layer" if published:
+                send(feed, data.draw(st.integers(1, published)))
+            case "repair" if feed.last is not None:
+                feed.pass_on(feed.last, look(feed.last))
+            case "catch up" if not subscriber.live:
+                written += subscriber.catch_up(look(subscriber.position))
+            case "write" if subscriber.live:
+                written += subscriber.take()
+    published = total
+    while subscriber.position < total or subscriber._buffer:
+        if not subscriber.live:
+            written += subscriber.catch_up(look(subscriber.position))
+        elif feed.last is not None and feed.last < total:
+            feed.pass_on(feed.last, look(feed.last))
+        if subscriber.live:
+            written += subscriber.take()
+    assert [event.data for event in Decoder().feed(written)] == [
+        str(n) for n in range(1, total + 1)
+    ]

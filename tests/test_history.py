@@ -1,0 +1,62 @@
+"""The choice of the history."""
+
+from __future__ import annotations
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+
+from django_eventsource.history import get_history
+from django_eventsource.history.database import DatabaseHistory
+from django_eventsource.history.memory import MemoryHistory
+
+
+class OutsidersHistory(MemoryHistory):
+    """A backend as somebody else would write it."""
+
+    def __init__(self, *, COLOUR: str, **options: object) -> None:  # noqa: N803
+        super().__init__(**options)
+        self.colour = COLOUR
+
+
+def test_the_default_is_the_database() -> None:
+    """Without a setting the history is Django's own database."""
+    history = get_history()
+    assert isinstance(history, DatabaseHistory)
+    assert history.using == "default"
+    assert history.shared
+
+
+def test_one_history_for_the_process(settings) -> None:
+    """It is made once, and made anew when its setting changes."""
+    first = get_history()
+    assert get_history() is first
+    settings.EVENTSOURCE_HISTORY = {
+        "BACKEND": "tests.test_history.OutsidersHistory",
+        "OPTIONS": {"COLOUR": "red", "MAX_EVENTS": 5},
+    }
+    other = get_history()
+    assert isinstance(other, OutsidersHistory)
+    assert (other.colour, other.max_events, other.shared) == ("red", 5, False)
+    settings.EVENTSOURCE_POLL_SECONDS = 1
+    assert get_history() is other
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"BACKEND": "nowhere.History"}, "cannot be imported: 'nowhere.History'"),
+        ({"BACKEND": 5}, "cannot be imported: 5"),
+        ({"BACKEND": "django_eventsource.events.Event"}, "must name a subclass"),
+        ({"BACKEND": "django_eventsource.history.get_history"}, "must name a subclass"),
+        ({"OPTIONS": {"SIZE": 5}}, "OPTIONS do not fit .*SIZE"),
+        ({"OPTIONS": {"MAX_AGE": 0}}, "MAX_AGE must be a positive number"),
+        ({"OPTIONS": 5}, "OPTIONS must be a dictionary, not 5"),
+        ({"COLOUR": 5}, 'must be a dictionary with "BACKEND" and "OPTIONS"'),
+        ("database", 'must be a dictionary with "BACKEND" and "OPTIONS"'),
+    ],
+)
+def test_a_bad_setting_is_named(settings, setting: object, message: str) -> None:
+    """What is wrong in EVENTSOURCE_HISTORY is said."""
+    settings.EVENTSOURCE_HISTORY = setting
+    with pytest.raises(ImproperlyConfigured, match=f"EVENTSOURCE_HISTORY.*{message}"):
+        get_history()

@@ -1,0 +1,465 @@
+"""The hub: one channel, one receive task, however many streams; and what it survives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from channels.layers import InMemoryChannelLayer
+
+from django_eventsource import hub as module
+from django_eventsource.feeds import Subscriber
+from django_eventsource.frames import KEEPALIVE, Decoder
+from django_eventsource.history import get_history
+from django_eventsource.hub import Hub, get_hub, hubs
+from django_eventsource.layers import MESSAGE_TYPE
+from django_eventsource.tokens import group_name
+from tests.histories import add, draft
+
+pytestmark = pytest.mark.usefixtures("memory_history")
+
+SECONDS = 10
+
+
+class FaultyLayer(InMemoryChannelLayer):
+    """A layer that fails when told: a real one cannot be made to on demand."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.calls: list[tuple[str, ...]] = []
+        self.fail: dict[str, int] = {}
+        self.hang: asyncio.Event | None = None
+
+    def _call(self, *call: str) -> None:
+        self.calls.append(call)
+        if self.fail.get(call[0], 0):
+            self.fail[call[0]] -= 1
+            raise ConnectionError(f"{call[0]} failed")
+
+    async def receive(self, channel: str) -> Any:
+        self._call("receive", channel)
+        return await super().receive(channel)
+
+    async def group_add(self, group: str, channel: str) -> None:
+        self._call("group_add", group, channel)
+        if self.hang is not None:
+            await self.hang.wait()
+        await super().group_add(group, channel)
+
+    async def group_discard(self, group: str, channel: str) -> None:
+        self._call("group_discard", group, channel)
+        await super().group_discard(group, channel)
+
+
+class FaultyHistory:
+    """A history that fails as often as told, then asks the real one."""
+
+    def __init__(self, **failures: int) -> None:
+        self.failures = failures
+        self.real = get_history()
+
+    def __getattr__(self, name: str) -> Any:
+        if self.failures.get(name, 0):
+            self.failures[name] -= 1
+            raise ConnectionError(f"{name} failed")
+        return getattr(self.real, name)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, settings) -> None:
+    """Back off shortly, check heads often, and fail tests that hang."""
+    monkeypatch.setattr(module, "BACK_OFF_SECONDS", (0.01,))
+    settings.EVENTSOURCE_POLL_SECONDS = 0.02
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_hub.FaultyLayer"}}
+
+
+@pytest.fixture
+async def hub() -> Hub:
+    return get_hub()
+
+
+def layer_of(hub: Hub) -> FaultyLayer:
+    assert isinstance(hub.layer, FaultyLayer)
+    return hub.layer
+
+
+async def listen(
+    hub: Hub, token: str = "t", *, position: int | None = None, keepalive: float | None = None
+) -> Subscriber:
+    """Subscribe, and catch up as a stream does."""
+    if position is None:
+        position = get_history().newest(token)[0]
+    subscriber = Subscriber(position, buffer_bytes=100_000, keepalive_seconds=keepalive)
+    await hub.subscribe(token, subscriber)
+    while not subscriber.live:
+        subscriber.catch_up(await hub.read(token, subscriber.position))
+    return subscriber
+
+
+def message(token: str, seq: int | None, text: str = "x") -> dict[str, Any]:
+    """What a publisher sends."""
+    frame = draft(text).frame(seq)
+    return {
+        "type": MESSAGE_TYPE,
+        "group": group_name(token),
+        "seq": seq,
+        "finish": False,
+        "frame": frame,
+    }
+
+
+async def receive(subscriber: Subscriber, count: int) -> list[str]:
+    """Give the data of the next events."""
+    decoder = Decoder()
+    events: list[str] = []
+    while len(events) < count:
+        async with asyncio.timeout(SECONDS):
+            await subscriber.wait()
+        while not subscriber.live:
+            chunk = subscriber.catch_up(
+                await get_hub().read(subscriber.feed.token, subscriber.position)
+            )
+            events += [event.data for event in decoder.feed(chunk)]
+        events += [event.data for event in decoder.feed(subscriber.take())]
+    return events
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the loop run until something holds."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+# One for all
+
+
+async def test_one_hub_for_a_loop(hub: Hub) -> None:
+    """Everything on one event loop shares one hub, one channel and one membership."""
+    assert get_hub() is hub
+    assert hub in hubs()
+    one, two = await listen(hub), await listen(hub)
+    await listen(hub, "other")
+    assert {call[1] for call in layer_of(hub).calls if call[0] == "group_add"} == {
+        group_name("t"),
+        group_name("other"),
+    }
+    assert len([call for call in layer_of(hub).calls if call[0] == "group_add"]) == 2
+    assert len({call[-1] for call in layer_of(hub).calls}) == 1
+    (entry,) = add(hub.history, "hello")
+    hub.deliver(group_name("t"), message("t", entry.seq, "hello"))
+    assert await receive(one, 1) == await receive(two, 1) == ["hello"]
+
+
+async def test_streams_cost_no_tasks(hub: Hub) -> None:
+    """A hundred subscribers need the same tasks as one."""
+    await listen(hub)
+    await until(lambda: len(hub._tasks) == 2)
+    for _ in range(100):
+        await listen(hub)
+    await until(lambda: len(hub._tasks) == 2)
+
+
+def test_hubs_of_closed_loops_are_forgotten() -> None:
+    """A loop that is closed takes its hub along."""
+
+    async def start() -> Hub:
+        return get_hub()
+
+    loop = asyncio.new_event_loop()
+    hub = loop.run_until_complete(start())
+    assert hub in hubs()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    hub.deliver("group", {})
+    assert hub not in hubs()
+
+
+# Delivery
+
+
+async def test_delivery_from_another_thread(hub: Hub) -> None:
+    """A plain thread's message wakes the loop; nothing waits for the next head check."""
+    subscriber = await listen(hub)
+    threading.Thread(
+        target=hub.deliver, args=[group_name("t"), message("t", None, "live")]
+    ).start()
+    assert await receive(subscriber, 1) == ["live"]
+
+
+async def test_messages_for_nobody_are_not_sent(hub: Hub) -> None:
+    """A token without listeners here costs no channel-layer call."""
+    await until(lambda: len(hub._tasks) == 2)
+    hub._deliver(group_name("nobody"), message("nobody", 1))
+    assert len(hub._tasks) == 2
+
+
+async def test_a_burst_beyond_the_layers_capacity(hub: Hub, settings) -> None:
+    """What a full channel drops comes from the history: all, once, in order."""
+    subscriber = await listen(hub)
+    entries = add(hub.history, *[str(n) for n in range(300)])
+    for n, entry in enumerate(entries):
+        hub.deliver(group_name("t"), message("t", entry.seq, str(n)))
+    assert await receive(subscriber, 300) == [str(n) for n in range(300)]
+
+
+async def test_events_that_the_layer_never_brought(hub: Hub) -> None:
+    """The head check finds what another process appended."""
+    subscriber = await listen(hub)
+    add(hub.history, "a", "b")
+    assert await receive(subscriber, 2) == ["a", "b"]
+
+
+async def test_a_gap_is_closed_before_the_next_head_check(settings) -> None:
+    """A message that is missing is read at once."""
+    settings.EVENTSOURCE_POLL_SECONDS = 10_000
+    hub = get_hub()
+    subscriber = await listen(hub)
+    await until(lambda: hub._joining and hub._joining.done())
+    entries = add(hub.history, "a", "b")
+    hub.deliver(group_name("t"), message("t", entries[1].seq, "b"))
+    assert await receive(subscriber, 2) == ["a", "b"]
+
+
+async def test_listeners_of_an_empty_token_follow_the_floor(hub: Hub) -> None:
+    """When the history forgets other tokens, an empty one's listeners can still resume."""
+    subscriber = await listen(hub)
+    hub.history._floor += 5
+    await until(lambda: subscriber._buffer)
+    assert subscriber.take() == f"id: {hub.history._floor}\n\n".encode()
+    add(hub.history, "first")
+    assert await receive(subscriber, 1) == ["first"]
+
+
+async def test_a_second_listener_at_the_head_reads_nothing(hub: Hub) -> None:
+    """Where a live feed stands, nothing needs to be read; before it is, it does."""
+    waiting = Subscriber(1, buffer_bytes=1000, keepalive_seconds=None)
+    await asyncio.gather(hub.subscribe("t", waiting), hub.subscribe("t", waiting))
+    await hub.subscribe("t", waiting)
+    assert not waiting.live
+    hub.unsubscribe(waiting)
+    await listen(hub)
+    subscriber = Subscriber(hub.history.newest("t")[0], buffer_bytes=1000, keepalive_seconds=None)
+    await hub.subscribe("t", subscriber)
+    assert subscriber.live
+
+
+# What is not ours
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"type": "chat.message"},
+        {"seq": "5"},
+        {"frame": "text"},
+        {"finish": None},
+        {"group": 5},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+async def test_foreign_messages_are_skipped(
+    hub: Hub, caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
+) -> None:
+    """A message that is not ours is logged, and the next one arrives."""
+    subscriber = await listen(hub)
+    hub.deliver(group_name("t"), message("t", None) | changes)
+    hub.deliver(group_name("t"), message("t", None, "ours"))
+    assert await receive(subscriber, 1) == ["ours"]
+    assert "not ours" in caplog.text
+
+
+async def test_a_message_for_a_token_that_was_left_is_skipped(hub: Hub) -> None:
+    """Messages for a group without a feed do no harm."""
+    hub._dispatch(message("nobody", 1))
+
+
+async def test_a_message_that_breaks_something_is_logged(
+    hub: Hub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One message's error never ends the receive task."""
+    subscriber = await listen(hub)
+    monkeypatch.setattr(subscriber, "feed", subscriber.feed)
+    broken = monkeypatch.context()
+    with broken as patch:
+        patch.setattr(hub, "_dispatch", lambda message: 1 / 0)
+        hub.deliver(group_name("t"), message("t", None, "lost"))
+        await until(lambda: "could not be passed on" in caplog.text)
+    hub.deliver(group_name("t"), message("t", None, "next"))
+    assert await receive(subscriber, 1) == ["next"]
+
+
+# Failures
+
+
+async def test_a_failing_layer_ends_no_stream(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    """receive() that raises is tried again, and every group is joined again."""
+    subscriber = await listen(hub)
+    layer = layer_of(hub)
+    layer.fail["receive"] = 3
+    layer.groups.clear()
+    hub.deliver(group_name("t"), message("t", None, "wake"))
+    await layer.group_send(group_name("t"), {})
+    await layer.send(hub._channel, message("t", None, "before"))
+    assert await receive(subscriber, 1) == ["before"]
+    await until(lambda: layer.fail["receive"] == 0 and group_name("t") in layer.groups)
+    await until(lambda: subscriber.feed.joined)
+    hub.deliver(group_name("t"), message("t", None, "after"))
+    assert await receive(subscriber, 1) == ["after"]
+    assert "failed to receive" in caplog.text
+
+
+async def test_a_group_that_cannot_be_joined_is_tried_again(
+    hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream opens although its group could not be joined, and is joined later."""
+    layer_of(hub).fail["group_add"] = 2
+    subscriber = await listen(hub)
+    add(hub.history, "from the history")
+    assert await receive(subscriber, 1) == ["from the history"]
+    await until(lambda: subscriber.feed.joined)
+    hub.deliver(group_name("t"), message("t", None, "live"))
+    assert await receive(subscriber, 1) == ["live"]
+    assert "Could not join" in caplog.text
+
+
+async def test_a_layer_that_hangs_delays_no_stream(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream waits for its group only so long, then reads the history."""
+    monkeypatch.setattr(module, "JOIN_SECONDS", 0.01)
+    layer_of(hub).hang = asyncio.Event()
+    add(hub.history, "a")
+    subscriber = await listen(hub)
+    assert not subscriber.feed.joined
+    for text in ("b", "c", "d"):
+        add(hub.history, text)
+        assert await receive(subscriber, 1) == [text]
+    assert not subscriber.feed.joined
+    layer_of(hub).hang.set()
+    await until(lambda: subscriber.feed.joined)
+
+
+async def test_a_failing_history_ends_no_stream(
+    hub: Hub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Head checks and repairs that fail are logged and tried again."""
+    subscriber = await listen(hub)
+    faulty = FaultyHistory(aheads=2, aread=2)
+    monkeypatch.setattr(module, "get_history", lambda: faulty)
+    add(faulty.real, "a")
+    assert await receive(subscriber, 1) == ["a"]
+    assert faulty.failures == {"aheads": 0, "aread": 0}
+    assert caplog.text.count("Tending the streams failed") == 4
+
+
+async def test_groups_are_joined_again_on_a_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that forgot the member without any error learns of it again."""
+    monkeypatch.setattr(module, "REJOIN_SECONDS", 0.05)
+    hub = get_hub()
+    await listen(hub)
+    await until(lambda: len([c for c in layer_of(hub).calls if c[0] == "group_add"]) >= 3)
+
+
+# Coming and going
+
+
+async def test_a_token_without_listeners_is_left(hub: Hub) -> None:
+    """When the last listener is gone, so are the feed and the membership."""
+    one, two = await listen(hub), await listen(hub)
+    hub.unsubscribe(one)
+    hub.unsubscribe(one)
+    await hub._check_heads()
+    assert "t" in hub._feeds
+    hub.unsubscribe(two)
+    await until(lambda: ("group_discard", group_name("t"), hub._channel) in layer_of(hub).calls)
+    await until(lambda: not layer_of(hub).groups)
+    assert not hub._feeds
+    assert not hub._by_group
+
+
+async def test_a_listener_that_comes_back_at_once_stays_a_member(hub: Hub) -> None:
+    """Leaving and joining cannot overtake each other."""
+    subscriber = await listen(hub)
+    channel = hub._channel
+    hub.unsubscribe(subscriber)
+    hub._leave_empty()
+    again = await listen(hub)
+    await until(lambda: len(hub._tasks) == 2)
+    assert channel in layer_of(hub).groups[group_name("t")]
+    hub.deliver(group_name("t"), message("t", None, "live"))
+    assert await receive(again, 1) == ["live"]
+
+
+async def test_leaving_a_group_may_fail(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    """A membership that cannot be ended is only logged."""
+    subscriber = await listen(hub)
+    layer_of(hub).fail["group_discard"] = 1
+    hub.unsubscribe(subscriber)
+    await until(lambda: "Could not leave" in caplog.text)
+
+
+async def test_repair_of_a_feed_that_everybody_left(hub: Hub) -> None:
+    """Nothing is read for nobody."""
+    subscriber = await listen(hub)
+    feed = subscriber.feed
+    hub.unsubscribe(subscriber)
+    add(hub.history, "a")
+    await hub._repair(feed)
+    assert feed.last < hub.history.newest("t")[0]
+
+
+# Keepalives and pruning
+
+
+async def test_keepalive_on_a_silent_stream(hub: Hub) -> None:
+    """Silent streams get comment lines, from one timer."""
+    quiet = await listen(hub, keepalive=0.02)
+    other = await listen(hub, keepalive=0.02)
+    never = await listen(hub)
+    await until(lambda: quiet._buffer and other._buffer)
+    assert quiet.take() == KEEPALIVE
+    assert list(hub._keepalives) == [0.02]
+    assert never.take() == b""
+    hub.unsubscribe(quiet)
+    hub.unsubscribe(other)
+    await until(lambda: not hub._keepalives)
+
+
+async def test_the_hub_prunes(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trimming runs in the background, off the publish path."""
+    settings.EVENTSOURCE_PRUNE_SECONDS = 0.01
+    pruned = []
+    monkeypatch.setattr(get_history(), "prune", lambda: pruned.append(1))
+    get_hub()
+    await until(lambda: len(pruned) > 1)
+
+
+async def test_pruning_can_be_left_to_the_command(settings) -> None:
+    """None switches it off."""
+    settings.EVENTSOURCE_PRUNE_SECONDS = None
+    assert get_hub()._prune_seconds() == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("setting", "local", "expected"),
+    [(None, True, 0.5), (None, False, 5.0), (7, True, 7)],
+)
+async def test_time_between_head_checks(
+    settings, monkeypatch: pytest.MonkeyPatch, setting: Any, local: bool, expected: float
+) -> None:
+    """Without a shared layer the history is asked more often."""
+    settings.EVENTSOURCE_POLL_SECONDS = setting
+    monkeypatch.setattr(module, "is_process_local", lambda: local)
+    assert get_hub()._poll_seconds() == expected
+
+
+def test_the_logger_is_the_packages() -> None:
+    """Everything is logged below django_eventsource."""
+    assert logging.getLogger("django_eventsource.hub") is module.logger

@@ -1,0 +1,50 @@
+"""The choice of the channel layer."""
+
+from __future__ import annotations
+
+import pytest
+from channels.layers import InMemoryChannelLayer, get_channel_layer
+from django.core.exceptions import ImproperlyConfigured
+
+from django_eventsource.layers import get_layer, is_process_local, make_hub_layer
+
+IN_MEMORY = {"BACKEND": "channels.layers.InMemoryChannelLayer", "CONFIG": {"capacity": 7}}
+SHARED = {"BACKEND": "tests.test_layers.SharedLayer"}
+
+
+class SharedLayer(InMemoryChannelLayer.__mro__[1]):  # type: ignore[misc]
+    """Stands for any layer that other processes hear."""
+
+
+def test_without_a_layer_each_hub_has_one_of_its_own(settings) -> None:
+    """Nothing needs to be configured."""
+    settings.CHANNEL_LAYERS = {}
+    assert get_layer() is None
+    assert is_process_local()
+    one, two = make_hub_layer(), make_hub_layer()
+    assert isinstance(one, InMemoryChannelLayer)
+    assert one is not two
+
+
+def test_an_in_memory_layer_is_made_anew_for_each_hub(settings) -> None:
+    """It is bound to one event loop; its configuration is kept."""
+    settings.CHANNEL_LAYERS = {"default": IN_MEMORY}
+    assert is_process_local()
+    layer = make_hub_layer()
+    assert layer is not get_channel_layer()
+    assert layer.capacity == 7
+
+
+def test_a_shared_layer_is_used_as_it_is(settings) -> None:
+    """A layer that other processes hear is the one that the project has."""
+    settings.CHANNEL_LAYERS = {"default": IN_MEMORY, "events": SHARED}
+    settings.EVENTSOURCE_CHANNEL_LAYER = "events"
+    assert not is_process_local()
+    assert make_hub_layer() is get_channel_layer("events")
+
+
+def test_an_unknown_layer_is_named(settings) -> None:
+    """An alias that CHANNEL_LAYERS lacks is an error."""
+    settings.EVENTSOURCE_CHANNEL_LAYER = "nowhere"
+    with pytest.raises(ImproperlyConfigured, match="EVENTSOURCE_CHANNEL_LAYER.*'nowhere'"):
+        get_layer()
