@@ -10,7 +10,7 @@ from django.db import connections, router
 from django.db.models.signals import post_migrate
 from django.utils.translation import gettext_lazy as _
 
-from .checks import check_server, check_settings
+from .checks import check_processes, check_server, check_settings
 
 
 class EventSourceConfig(AppConfig):
@@ -23,6 +23,7 @@ class EventSourceConfig(AppConfig):
     def ready(self) -> None:
         checks.register(check_settings, "eventsource")
         checks.register(check_server, "eventsource")
+        checks.register(check_processes, "eventsource")
         post_migrate.connect(self.prepare, sender=self)
 
     def prepare(self, using: str, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from .conf import PROPERTIES, conf
 from .history import make_history
+from .layers import is_process_local
 
 
 def check_settings(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:
@@ -26,6 +27,24 @@ def check_settings(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMess
         except (ImproperlyConfigured, TypeError) as error:
             messages.append(Error(str(error), id=f"eventsource.E{PROPERTIES.index(name) + 1:03}"))
     return messages
+
+
+def check_processes(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:
+    """Warn when the layer spans processes and the history does not."""
+    try:
+        lonely = not make_history().shared and not is_process_local()
+    except ImproperlyConfigured:
+        return []  # reported by check_settings
+    if not lonely:
+        return []
+    return [
+        Warning(
+            "The channel layer is shared by several processes, but each has a history of its "
+            "own: a listener would miss the events of other processes, or get them twice.",
+            hint="Use DatabaseHistory in EVENTSOURCE_HISTORY, or an in-memory channel layer.",
+            id="eventsource.W002",
+        )
+    ]
 
 
 def check_server(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:

@@ -8,7 +8,6 @@ expected; the system checks report the same sentences at start.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from django.conf import settings
@@ -115,7 +114,6 @@ PROPERTIES = [name for name, value in vars(Conf).items() if isinstance(value, pr
 conf = Conf()
 
 
-@cache
 def check_event_class(event_class: type[Event]) -> type[Event]:
     """Check what a class must keep: ``reset`` is ours, and actions are a list of names.
 
@@ -156,7 +154,14 @@ def _load(name: str, path: object) -> Any:
 
 
 def _positive(name: str, default: float | None, *, or_none: bool = True) -> float | None:
-    value = _get(name, default)
+    return check_positive(name, _get(name, default), or_none=or_none)
+
+
+def check_positive(name: str, value: Any, *, or_none: bool = True) -> float | None:
+    """Give a positive number back, as a float.
+
+    :raises ImproperlyConfigured: when it is none.
+    """
     if value is None and or_none:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -9,6 +9,7 @@ at most once. Any other ``id``: durable, stored in the history and replayed.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -81,7 +82,7 @@ class Event:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        computed = cls.__dict__.get("id")
+        computed = inspect.getattr_static(cls, "id")
         if isinstance(computed, property) and computed.fget is not None:
             cls.id = _ComputedId(computed.fget)  # type: ignore[assignment, method-assign]
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 
 from .events import RESET
 from .frames import KEEPALIVE, encode_event, encode_id
 from .history import Slice
 
-MAX_EARLY = 1000
-"""Messages a feed holds while one before them is missing."""
+MAX_EARLY_BYTES = 256 * 1024
+"""What a feed holds while an event before is missing. The history has it all."""
 
 
 def reset_frame(reason: str, *, after: str | None, resume: str | None) -> bytes:
@@ -112,10 +113,11 @@ class Subscriber:
         self._wake()
 
     def keep_alive(self) -> None:
-        """Write a keepalive if nothing was written since the last call, or waits."""
+        """Write a keepalive if nothing was written since the last call, and nothing waits."""
         if self.quiet and not self._buffer:
             self.write(KEEPALIVE)
-        self.quiet = True
+        else:
+            self.quiet = True
 
     def _has_room(self, frame: bytes) -> bool:
         return not self._buffer or self._size + len(frame) <= self.buffer_bytes
@@ -135,6 +137,13 @@ class Subscriber:
             self._waiter.set_result(None)
 
     # For the stream
+
+    def end(self) -> None:
+        """Finish at once, dropping what is buffered, and wake the stream."""
+        self._buffer.clear()
+        self._size = 0
+        self.finished = self.live = True
+        self._wake()
 
     def take(self) -> bytes:
         """Give all that is buffered, as one write."""
@@ -174,17 +183,13 @@ class Subscriber:
         """
         frames = []
         if not slice_.complete:
-            frames.append(
-                reset_frame("expired", after=str(self.position), resume=str(slice_.last))
-            )
+            frames.append(reset_frame("expired", after=str(self.position), resume=slice_.resume))
             self.position = self.sent = slice_.last
         for entry in slice_.entries:
             frames.append(entry.frame())
             self.position = self.sent = entry.seq
             if entry.finishes:
-                self.finished = self.live = True
-                self._buffer.clear()
-                self._size = 0
+                self.end()
                 return b"".join(frames)
         if not slice_.more:
             self.go_live()
@@ -200,18 +205,37 @@ class Subscriber:
 class Feed:
     """One token's events, in order, for the subscribers of one event loop."""
 
-    __slots__ = ("_early", "group", "has_gap", "joined", "last", "subscribers", "token")
+    __slots__ = (
+        "_early",
+        "_early_size",
+        "_on_gap",
+        "group",
+        "has_gap",
+        "has_life",
+        "joined",
+        "joining",
+        "last",
+        "subscribers",
+        "token",
+    )
 
-    def __init__(self, token: str, group: str) -> None:
+    def __init__(self, token: str, group: str, on_gap: Callable[[], None]) -> None:
         self.token = token
         self.group = group
         self.joined = False
         """Is the hub's channel in the group?"""
+        self.joining: asyncio.Task[None] | None = None
+        """The hub's last attempt to join it."""
         self.last: int | None = None
         """The newest sequence number passed on; ``None`` before the first catch-up."""
         self.has_gap = False
+        """Is an event held while one before it is missing?"""
+        self.has_life = False
+        """Was the token seen to have a history?"""
         self.subscribers: set[Subscriber] = set()
+        self._on_gap = on_gap
         self._early: dict[int, tuple[bytes, bool]] = {}
+        self._early_size = 0
 
     def add(self, subscriber: Subscriber) -> None:
         """Feed a subscriber, which is behind until its stream has caught up."""
@@ -223,22 +247,19 @@ class Feed:
         self.subscribers.discard(subscriber)
         subscriber.feed = None
 
-    def receive(self, seq: int | None, frame: bytes, finish: bool) -> bool:
-        """Take a frame from the layer; ``True`` when one before it is missing."""
+    def receive(self, seq: int | None, frame: bytes, finish: bool) -> None:
+        """Take a frame from the layer; report a gap when one before it is missing."""
         if seq is None:
             for subscriber in self.subscribers:
                 subscriber.push(None, frame, finish)
-            return False
-        if self.last is not None and seq <= self.last:
-            return False
-        if seq - 1 == self.last:
+        elif seq - 1 == self.last:
             self._pass(seq, frame, finish)
             self._pass_early()
-            return False
-        if len(self._early) < MAX_EARLY:
-            self._early[seq] = (frame, finish)
-        self.has_gap = self.last is not None
-        return self.has_gap
+        elif self.last is None or seq > self.last:
+            if self._early_size + len(frame) <= MAX_EARLY_BYTES and seq not in self._early:
+                self._early[seq] = (frame, finish)
+                self._early_size += len(frame)
+            self._report_gap(self.last is not None)
 
     def adopt(self, subscriber: Subscriber) -> None:
         """Let a subscriber that has read up to a place be live, if the feed is not ahead.
@@ -258,7 +279,7 @@ class Feed:
         if not slice_.complete:
             if after != self.last:
                 return True  # the layer was faster: this says nothing any more
-            self._reset(slice_.last)
+            self._reset(slice_.last, slice_.resume, ahead=False)
             return False
         for entry in slice_.entries:
             if entry.seq > (self.last or 0):
@@ -271,32 +292,46 @@ class Feed:
 
         :param known: :attr:`last` from before the head was asked for.
         """
+        self.has_life = True
         if head < known:
             # The history was replaced by an older one: its numbers come again.
-            self._reset(head)
+            self._reset(head, str(head), ahead=True)
         return head > (self.last or 0)
 
-    def _reset(self, position: int) -> None:
+    def _reset(self, position: int, resume: str, *, ahead: bool) -> None:
+        """Tell the listeners that they missed events; those ahead of them too if told."""
         self._early.clear()
+        self._early_size = 0
         self.has_gap = False
         after, self.last = self.last, position
-        frame = reset_frame("expired", after=str(after), resume=str(position))
-        self._move(position, frame)
+        frame = reset_frame("expired", after=str(after), resume=resume)
+        self._move(position, frame, ahead=ahead)
 
-    def raise_to(self, floor: int) -> None:
-        """Follow the floor of a token without a history, and take the listeners along."""
-        if self.last is not None and floor > self.last:
+    def raise_to(self, floor: int, *, certain: bool) -> None:
+        """Follow the floor of a token without a history, and take the listeners along.
+
+        :param certain: can no event have come and gone since the last time?
+        """
+        if self.last is None or floor <= self.last:
+            return
+        if self.has_life or not certain:
+            self._reset(floor, str(floor), ahead=False)
+            self.has_life = False
+        else:
             self.last = floor
-            self._move(floor, encode_id(str(floor)))
+            self._move(floor, encode_id(str(floor)), ahead=False)
 
-    def _move(self, position: int, frame: bytes) -> None:
+    def _move(self, position: int, frame: bytes, *, ahead: bool) -> None:
         for subscriber in self.subscribers:
-            if subscriber.live and not subscriber.finished:
+            if not subscriber.live or subscriber.finished:
+                continue  # it finds out by itself, or does not want to know
+            if ahead or subscriber.position < position:
                 subscriber.position = position
                 subscriber.write(frame)
 
     def _pass(self, seq: int, frame: bytes, finish: bool) -> None:
         self.last = seq
+        self.has_life = True
         for subscriber in self.subscribers:
             subscriber.push(seq, frame, finish)
 
@@ -306,4 +341,10 @@ class Feed:
             self._early = {seq: held for seq, held in self._early.items() if seq > self.last}
             while self.last + 1 in self._early:
                 self._pass(self.last + 1, *self._early.pop(self.last + 1))
-        self.has_gap = bool(self._early)
+            self._early_size = sum(len(frame) for frame, _ in self._early.values())
+        self._report_gap(bool(self._early))
+
+    def _report_gap(self, has_gap: bool) -> None:
+        self.has_gap = has_gap
+        if has_gap:
+            self._on_gap()

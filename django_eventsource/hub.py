@@ -16,6 +16,8 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from django.core.exceptions import ImproperlyConfigured
+
 from .conf import conf
 from .feeds import Feed, Subscriber
 from .history import History, Slice, get_history
@@ -32,6 +34,8 @@ REORDER_SECONDS = 0.02
 """How long a gap may be nothing but messages that overtook each other."""
 JOIN_SECONDS = 1.0
 """How long a new stream waits for its token's group before it reads the history."""
+LAYER_SECONDS = 10.0
+"""How long one call of the channel layer may take."""
 REJOIN_SECONDS = 600.0
 """Time between group joins: layers forget members, after 60 s or a day."""
 BACK_OFF_SECONDS = (0.5, 1, 2, 5, 10)
@@ -50,7 +54,8 @@ class Hub:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._keepalives: dict[float, set[Subscriber]] = {}
         self._membership = asyncio.Lock()
-        self._joining: asyncio.Task[None] | None = None
+        self._pruning: asyncio.Task[None] | None = None
+        self._checked_at = time.monotonic()
         self._start(self._receive())
         self._start(self._tend())
 
@@ -65,13 +70,13 @@ class Hub:
         """Join the token's group and start feeding the subscriber."""
         feed = self._feeds.get(token)
         if feed is None:
-            feed = self._feeds[token] = Feed(token, group_name(token))
+            feed = self._feeds[token] = Feed(token, group_name(token), self._wake.set)
             self._by_group[feed.group] = feed
         feed.add(subscriber)
         self._keep_alive(subscriber)
         if not feed.joined:
             # A layer that hangs delays a stream, and the head check makes up for it.
-            await asyncio.wait({self._start(self._join(feed))}, timeout=JOIN_SECONDS)
+            await asyncio.wait({self._begin_join(feed)}, timeout=JOIN_SECONDS)
         elif feed.last is not None:
             # The feed passes on all that is newer than this: nothing needs to be read.
             subscriber.go_live()
@@ -95,7 +100,7 @@ class Hub:
     def deliver(self, group: str, message: dict[str, Any]) -> None:
         """Send to the hub's own layer, from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop was closed just now
-            self.loop.call_soon_threadsafe(self._deliver, group, message)
+            self.loop.call_soon_threadsafe(self._deliver, group, message, context=_nobodys())
 
     def _deliver(self, group: str, message: dict[str, Any]) -> None:
         if group in self._by_group:
@@ -136,8 +141,8 @@ class Hub:
                 "frame": bytes(frame),
             } if kind == MESSAGE_TYPE:
                 feed = self._by_group.get(group)
-                if feed is not None and feed.receive(seq, frame, finish):
-                    self._wake.set()
+                if feed is not None:
+                    feed.receive(seq, frame, finish)
             case _:
                 logger.warning("Skipped a channel-layer message that is not ours: %.200r", message)
 
@@ -146,14 +151,13 @@ class Hub:
     async def _tend(self) -> None:
         """Check heads, close gaps, keep memberships: again and again."""
         failures = 0
-        now = time.monotonic()
-        check_at, rejoin_at, prune_at = now, now + REJOIN_SECONDS, now + self._prune_seconds()
+        check_at = time.monotonic()
+        rejoin_at = check_at + REJOIN_SECONDS
+        prune_at = check_at + self._prune_seconds()
         while True:
             try:
                 await self._rest(check_at)
-                if self._joining is None or self._joining.done():
-                    # Not awaited: a layer that hangs must not hold up the history.
-                    self._joining = self._start(self._join_missing())
+                self._join_missing()
                 await self._close_gaps()
                 now = time.monotonic()
                 if now >= check_at:
@@ -164,8 +168,8 @@ class Hub:
                     rejoin_at = now + REJOIN_SECONDS
                     self._rejoin()
                 if now >= prune_at:
+                    self._begin_prune()
                     prune_at = now + self._prune_seconds()
-                    await self.history.aprune()
                 failures = 0
             except Exception:
                 logger.exception("Tending the streams failed; trying again.")
@@ -195,40 +199,61 @@ class Hub:
         self._leave_empty()
         known = {feed: feed.last for feed in self._feeds.values() if feed.last is not None}
         heads, floor = await self.history.aheads([feed.token for feed in known])
+        # An event cannot have come, been trimmed and been forgotten in less time.
+        certain = time.monotonic() - self._checked_at < self.history.token_max_age
+        self._checked_at = time.monotonic()
         for feed, last in known.items():
             head = heads.get(feed.token)
             if head is None:
-                # Nothing was published since the last check, or it would be here.
-                feed.raise_to(floor)
+                feed.raise_to(floor, certain=certain)
             elif feed.compare(last, head):
                 await self._repair(feed)
 
     async def _repair(self, feed: Feed) -> None:
-        """Pass on what the layer did not bring."""
+        """Pass on what the layer did not bring. A failure is this feed's alone."""
         more = True
-        while more and feed.subscribers and feed.last is not None:
-            after = feed.last
-            slice_ = await self.history.aread(
-                feed.token, after, max_bytes=conf.stream_buffer_bytes
-            )
-            more = feed.pass_on(after, slice_)
-            await asyncio.sleep(0)
+        try:
+            while more and feed.subscribers and feed.last is not None:
+                after = feed.last
+                slice_ = await self.history.aread(
+                    feed.token, after, max_bytes=conf.stream_buffer_bytes
+                )
+                more = feed.pass_on(after, slice_)
+                await asyncio.sleep(0)
+        except Exception:
+            logger.exception("Reading the history of %r failed; trying again.", feed.token)
+
+    def _begin_prune(self) -> None:
+        if self._pruning is None or self._pruning.done():
+            self._pruning = self._start(self._prune())
+
+    async def _prune(self) -> None:
+        try:
+            await self.history.aprune()
+        except Exception:
+            logger.exception("Pruning the history failed; trying again.")
 
     # Membership
 
+    def _begin_join(self, feed: Feed) -> asyncio.Task[None]:
+        """Join a feed's group in a task: a layer that hangs holds up nothing else."""
+        if feed.joining is None or feed.joining.done():
+            feed.joining = self._start(self._join(feed))
+        return feed.joining
+
     async def _join(self, feed: Feed) -> None:
         try:
-            async with self._membership:
-                if not feed.joined:
-                    await self.layer.group_add(feed.group, await self._get_channel())
-                    feed.joined = True
+            async with self._membership, asyncio.timeout(LAYER_SECONDS):
+                await self.layer.group_add(feed.group, await self._get_channel())
+            feed.joined = True
         except Exception:
             # The head check brings what the layer does not; the next one joins again.
             logger.exception("Could not join a channel-layer group; trying again.")
 
-    async def _join_missing(self) -> None:
-        for feed in [feed for feed in self._feeds.values() if not feed.joined]:
-            await self._join(feed)
+    def _join_missing(self) -> None:
+        for feed in self._feeds.values():
+            if not feed.joined:
+                self._begin_join(feed)
 
     def _rejoin(self) -> None:
         for feed in self._feeds.values():
@@ -242,7 +267,7 @@ class Hub:
 
     async def _leave(self, group: str) -> None:
         try:
-            async with self._membership:
+            async with self._membership, asyncio.timeout(LAYER_SECONDS):
                 if group not in self._by_group:
                     await self.layer.group_discard(group, await self._get_channel())
         except Exception:
@@ -258,7 +283,7 @@ class Hub:
         members = self._keepalives.get(seconds)
         if members is None:
             members = self._keepalives[seconds] = set()
-            self.loop.call_later(seconds / 2, self._tick, seconds)
+            self.loop.call_later(seconds / 2, self._tick, seconds, context=_nobodys())
         members.add(subscriber)
 
     def _tick(self, seconds: float) -> None:
@@ -266,7 +291,7 @@ class Hub:
         if not members:
             del self._keepalives[seconds]
             return
-        self.loop.call_later(seconds / 2, self._tick, seconds)
+        self.loop.call_later(seconds / 2, self._tick, seconds, context=_nobodys())
         for subscriber in members:
             subscriber.keep_alive()
 
@@ -274,7 +299,7 @@ class Hub:
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task of the hub's own, in no request's context."""
-        task = self.loop.create_task(work, context=contextvars.Context())
+        task = self.loop.create_task(work, context=_nobodys())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -283,7 +308,11 @@ class Hub:
         return await self._start(work)
 
     def _prune_seconds(self) -> float:
-        seconds = conf.prune_seconds
+        try:
+            seconds = conf.prune_seconds
+        except ImproperlyConfigured:
+            logger.exception("The history is not pruned.")
+            seconds = None
         if seconds is None:
             return float("inf")
         # Servers that started together do not prune together.
@@ -292,6 +321,11 @@ class Hub:
     async def _back_off(self, failures: int) -> None:
         seconds = BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)]
         await asyncio.sleep(seconds * random.uniform(0.5, 1))  # noqa: S311
+
+
+def _nobodys() -> contextvars.Context:
+    """Give an empty context: a request's would live on with its thread and its data."""
+    return contextvars.Context()
 
 
 _hubs: dict[asyncio.AbstractEventLoop, Hub] = {}

@@ -62,7 +62,7 @@ class StoredEvent(EventFields):
     head = models.ForeignKey(TokenHead, models.DO_NOTHING, related_name="events", db_index=False)
     seq = models.BigIntegerField(_("sequence number"))
     size = models.PositiveIntegerField(_("bytes"))
-    pending_id = models.BigIntegerField(null=True, editable=False)
+    ref = models.UUIDField(null=True, editable=False)
 
     class Meta:
         default_permissions = ("view",)
@@ -89,6 +89,7 @@ class PendingEvent(EventFields):
 
     key = models.CharField(max_length=32, db_index=True, editable=False)
     token = models.CharField(_("token"), max_length=255)
+    ref = models.UUIDField(editable=False)
 
     class Meta:
         default_permissions = ("view",)
@@ -106,7 +107,5 @@ def set_floor(using: str, **kwargs: Any) -> None:
     before the tables were emptied is known after it.
     """
     now = timezone.now()
-    floor = TokenHead(
-        key=FLOOR_KEY, first=0, kept=0, last=time.time_ns() // 1000, updated=now
-    )
+    floor = TokenHead(key=FLOOR_KEY, first=0, kept=0, last=time.time_ns() // 1000, updated=now)
     TokenHead.objects.using(using).bulk_create([floor], ignore_conflicts=True)

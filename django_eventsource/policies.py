@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any, Protocol
 
 from asgiref.sync import sync_to_async
@@ -108,9 +107,12 @@ async def basic_user(request: HttpRequest) -> Any:
     if scheme.lower() != "basic":
         return None
     try:
-        name, _, password = base64.b64decode(text, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError) as error:
+        credentials = base64.b64decode(text, validate=True).decode()
+    except ValueError as error:
         raise NotAuthenticated("The HTTP Basic credentials cannot be decoded.") from error
+    if "\0" in credentials:
+        raise NotAuthenticated("The HTTP Basic credentials hold NUL.")
+    name, _, password = credentials.partition(":")
     user = await aauthenticate(request, username=name, password=password)
     if user is None:
         raise NotAuthenticated("Wrong user name or password.")
@@ -153,6 +155,6 @@ class _CsrfCheck(CsrfViewMiddleware):
 
 
 def _csrf_reason(request: HttpRequest) -> Any:
-    check = _CsrfCheck(lambda request: None)  # type: ignore[arg-type, return-value]
+    check = _CsrfCheck(lambda request: None)  # type: ignore[arg-type]
     check.process_request(request)
-    return check.process_view(request, lambda request: None, (), {})  # type: ignore[arg-type, return-value]
+    return check.process_view(request, None, (), {})  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from asgiref.sync import async_to_sync, sync_to_async
+from channels.layers import BaseChannelLayer
 from django.db import transaction
 from django.utils.asyncio import async_unsafe
 
@@ -22,6 +23,9 @@ from .layers import MESSAGE_TYPE, get_layer, is_process_local
 from .tokens import check_token, group_name
 
 logger = logging.getLogger("django_eventsource.publishing")
+
+SEND_SECONDS = 2.0
+"""How long a publisher waits for the channel layer."""
 
 
 @async_unsafe("publish() blocks: in async code call `await apublish(...)` instead.")
@@ -73,7 +77,7 @@ def make_event(token: str, action: str, value: Any, event_class: type[Event]) ->
 
 def _publish_durable(event: Event, draft: Draft) -> None:
     history = get_history()
-    if transaction.get_connection(history.using).in_atomic_block:
+    if _in_transaction(history.using):
         append = history.stage(event.token, [draft])
         _on_commit(partial(_append, event, append), history.using)
     else:
@@ -81,19 +85,20 @@ def _publish_durable(event: Event, draft: Draft) -> None:
 
 
 def _append(event: Event, append: Callable[[], list[Entry]]) -> None:
-    entry = append()[0]
-    event._seq = entry.seq
-    try:
-        _send(event.token, entry.seq, entry.frame(), entry.finishes)
-    except Exception:
-        # Not lost: every hub finds it in the history at its next head check.
-        logger.warning("The channel layer failed; listeners get the event later.", exc_info=True)
+    for entry in append():
+        event._seq = entry.seq
+        try:
+            _send(event.token, entry.seq, entry.frame(), entry.finishes)
+        except (Exception, asyncio.CancelledError):
+            # Not lost: every hub finds it in the history at its next head check. And not
+            # the caller's: its transaction has committed, though it may be cancelled.
+            logger.warning("The channel layer failed; listeners wait longer.", exc_info=True)
 
 
 def _publish_live(event: Event, draft: Draft) -> None:
     using = get_history().using
     send = partial(_send, event.token, None, draft.frame(), event.action == event.FINISH)
-    if transaction.get_connection(using).in_atomic_block:
+    if _in_transaction(using):
         _on_commit(send, using)
         return
     try:
@@ -105,10 +110,40 @@ def _publish_live(event: Event, draft: Draft) -> None:
         ) from error
 
 
+def _in_transaction(using: str) -> bool:
+    """Tell whether there is a commit to wait for.
+
+    :raises TransactionManagementError: when nobody can tell when it comes.
+    """
+    connection = transaction.get_connection(using)
+    if connection.in_atomic_block:
+        return True
+    autocommit = connection.settings_dict.get("AUTOCOMMIT", True)
+    if connection.connection is not None:
+        autocommit = connection.autocommit
+    if not autocommit:
+        raise transaction.TransactionManagementError(
+            "publish() cannot tell when a transaction commits that is managed by hand "
+            "(autocommit is off): use transaction.atomic()."
+        )
+    return False
+
+
 def _on_commit(work: Callable[[], None], using: str) -> None:
+    def run() -> None:
+        try:
+            work()
+        except asyncio.CancelledError:
+            logger.warning("An event was not sent: its publisher was cancelled.")
+
     # Robust: a failure after the commit must neither reach the caller, whose data is
     # safe, nor keep other hooks from running.
-    transaction.on_commit(work, using=using, robust=True)
+    transaction.on_commit(run, using=using, robust=True)
+
+
+async def _group_send(layer: BaseChannelLayer, group: str, message: dict[str, Any]) -> None:
+    async with asyncio.timeout(SEND_SECONDS):
+        await layer.group_send(group, message)
 
 
 def _send(token: str, seq: int | None, frame: bytes, finish: bool) -> None:
@@ -126,7 +161,7 @@ def _send(token: str, seq: int | None, frame: bytes, finish: bool) -> None:
         for hub in hubs():
             hub.deliver(group, message)
         return
-    send = partial(async_to_sync(layer.group_send), group, message)
+    send = partial(async_to_sync(_group_send), layer, group, message)
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -44,6 +44,9 @@ class EventStream(AsyncIterator[bytes]):
     :param keepalive_seconds: longest silence, or ``None``.
     """
 
+    _hub: Hub | None = None
+    _subscriber: Subscriber
+
     def __init__(
         self,
         token: str,
@@ -60,7 +63,7 @@ class EventStream(AsyncIterator[bytes]):
             buffer_bytes=conf.stream_buffer_bytes,
             keepalive_seconds=keepalive_seconds,
         )
-        self._hub: Hub | None = None
+        self._failures = 0
 
     def __aiter__(self) -> EventStream:
         return self
@@ -94,7 +97,7 @@ class EventStream(AsyncIterator[bytes]):
         if hub is not None:
             hub.unsubscribe(self._subscriber)
         self._opening = None
-        self._subscriber.finished = True
+        self._subscriber.end()
 
     async def _next(self) -> bytes:
         """Give the next bytes; none at the end."""
@@ -123,21 +126,20 @@ class EventStream(AsyncIterator[bytes]):
             await subscriber.wait()
 
     async def _catch_up(self, hub: Hub) -> bytes:
-        """Read on from the history, however often that fails."""
+        """Read on from the history; where that fails, give what needs no history."""
         subscriber = self._subscriber
-        failures = 0
-        while True:
-            try:
-                slice_ = await hub.read(self.token, subscriber.position)
-            except Exception:
-                logger.exception("Reading the history of %r failed; trying again.", self.token)
-                await asyncio.sleep(BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)])
-                failures += 1
-                continue
-            chunk = subscriber.catch_up(slice_)
-            if not chunk and not subscriber.live:
-                await asyncio.sleep(STALE_SECONDS)
-            return chunk
+        try:
+            slice_ = await hub.read(self.token, subscriber.position)
+        except Exception:
+            logger.exception("Reading the history of %r failed; trying again.", self.token)
+            await asyncio.sleep(BACK_OFF_SECONDS[min(self._failures, len(BACK_OFF_SECONDS) - 1)])
+            self._failures += 1
+            return b"" if subscriber.finished else subscriber.take()
+        self._failures = 0
+        chunk = subscriber.catch_up(slice_)
+        if not chunk and not subscriber.live:
+            await asyncio.sleep(STALE_SECONDS)
+        return chunk
 
 
 class EventStreamResponse(StreamingHttpResponse):
@@ -146,12 +148,12 @@ class EventStreamResponse(StreamingHttpResponse):
     def __init__(self, stream: EventStream) -> None:
         super().__init__(stream, headers=HEADERS)
         self._stream = stream
-        self._unwrapped = self._iterator  # type: ignore[has-type]
+        self._unwrapped = self._iterator  # type: ignore[attr-defined]
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         # Two nested generators per chunk are most of what Django costs: skip them while
         # no middleware has put its own iterator around the stream.
-        if self._iterator is self._unwrapped:  # type: ignore[has-type]
+        if self._iterator is self._unwrapped:  # type: ignore[attr-defined]
             return self._stream
         return super().__aiter__()
 

@@ -14,7 +14,7 @@ from django.utils.decorators import classonlymethod
 from django.views import View
 from django.views.decorators.csrf import csrf_exempt
 
-from .conf import check_event_class, conf
+from .conf import check_event_class, check_positive, conf
 from .events import Event, is_durable
 from .exceptions import DeliveryFailed, InvalidToken, NotAuthenticated, UnknownAction
 from .history import get_history
@@ -29,6 +29,9 @@ logger = logging.getLogger("django_eventsource.views")
 NO_CURSOR = " "
 """Stands for a last event id that was never one: ids hold no space."""
 
+SETTING: Any = object()
+"""Stands for the setting's value where ``None`` has a meaning of its own."""
+
 WSGI_PAGE = (
     "Server-sent events need an ASGI server, and this request came through WSGI.\n"
     "Serve the project's ASGI application with daphne, uvicorn, hypercorn or granian;\n"
@@ -40,26 +43,28 @@ WSGI_PAGE = (
 class EventSourceView(View):
     """``GET /<LISTEN>/<token>`` opens a stream, ``POST /<action>/<token>`` publishes.
 
-    Every attribute can be given to :meth:`as_view`; ``None`` means the setting's value.
+    Every attribute can be given to :meth:`as_view`; without one the setting counts.
     """
 
     event_class: type[Event] | None = None
     """The Event class: what may be sent here, and what is announced."""
-    keepalive_seconds: float | None = None
-    """Longest silence on a stream."""
+    keepalive_seconds: float | None = SETTING
+    """Longest silence on a stream; ``None`` for no keepalives."""
     policy: type[Policy] | None = None
     """The policy class."""
 
     http_method_names = ["get", "head", "post", "options"]
 
     @classonlymethod
-    def as_view(cls, **initkwargs: Any) -> Callable[..., HttpResponseBase]:
+    def as_view(cls, **initkwargs: Any) -> Callable[..., HttpResponseBase]:  # noqa: N805
         """Make the view function.
 
-        :raises ImproperlyConfigured: when the Event class is not usable.
+        :raises ImproperlyConfigured: when the Event class or the time is not usable.
         """
         if initkwargs.get("event_class") is not None:
             check_event_class(initkwargs["event_class"])
+        if "keepalive_seconds" in initkwargs:
+            check_positive("keepalive_seconds", initkwargs["keepalive_seconds"])
         view = super().as_view(**initkwargs)
         # An async view cannot run in ATOMIC_REQUESTS' transaction.
         for alias in connections:
@@ -67,7 +72,7 @@ class EventSourceView(View):
         # The policy checks CSRF where a session is what authorizes.
         return csrf_exempt(view)
 
-    async def dispatch(
+    async def dispatch(  # type: ignore[override]
         self, request: HttpRequest, action: str = "", token: str = "", **kwargs: Any
     ) -> HttpResponseBase:
         """Check action, method, token and permission, in this order, then answer."""
@@ -90,6 +95,10 @@ class EventSourceView(View):
         """Answer a request that is well formed."""
         policy = (self.policy or conf.policy)()
         sends = request.method == "POST"
+        if sends and not keep_body(request, conf.max_event_bytes):
+            return text_response(
+                413, f"An event's value may have at most {conf.max_event_bytes} bytes."
+            )
         try:
             if sends:
                 allowed = await policy.can_send(request, token, action)
@@ -113,7 +122,7 @@ class EventSourceView(View):
 
     def get_keepalive_seconds(self) -> float | None:
         """Give the longest silence on a stream of this URL, in seconds."""
-        if self.keepalive_seconds is None:
+        if self.keepalive_seconds is SETTING:
             return conf.keepalive_seconds
         return self.keepalive_seconds
 
@@ -149,19 +158,15 @@ class EventSourceView(View):
     async def post(self, request: HttpRequest, action: str, token: str) -> HttpResponseBase:
         """Publish the body."""
         event_class = self.get_event_class()
-        limit = conf.max_event_bytes
-        too_large = f"An event's value may have at most {limit} bytes."
-        if int(request.headers.get("Content-Length") or 0) > limit:
-            return text_response(413, too_large)
-        body = request.read(limit + 1)
-        if len(body) > limit:
-            return text_response(413, too_large)
+        body = request.body
         try:
-            event = await apublish(token, action, body.decode(), event_class)
+            value = body.decode()
         except UnicodeDecodeError as error:
             return text_response(
                 400, f"The body is not UTF-8: byte {body[error.start]:#04x} at {error.start}."
             )
+        try:
+            event = await apublish(token, action, value, event_class)
         except ValueError as error:
             return text_response(400, str(error))
         except DeliveryFailed:
@@ -187,6 +192,19 @@ class EventSourceView(View):
         response = text_response(405, f"This URL answers {allowed}.")
         response["Allow"] = allowed
         return response
+
+
+def keep_body(request: HttpRequest, limit: int) -> bool:
+    """Read the body, and no more of it than allowed; ``False`` when there is more.
+
+    It is kept as Django keeps it, so that a CSRF check that parses it leaves it intact.
+    """
+    length = request.headers.get("Content-Length", "")
+    if length.isdecimal() and int(length[:18]) > limit:
+        return False
+    body = request.read(limit + 1)
+    request._body = body
+    return len(body) <= limit
 
 
 def last_event_id(request: HttpRequest) -> str | None:

@@ -26,9 +26,10 @@ def read(*seqs: int, last: int, complete: bool = True) -> Slice:
 
 
 def send(feed: Feed, seq: int | None, text: str = "", *, finish: bool = False) -> bool:
-    """What the layer would bring."""
+    """What the layer would bring; tell whether the feed has a gap."""
     one = draft(text or str(seq), kind=Kind.FINISH if finish else Kind.EVENT)
-    return feed.receive(seq, one.frame(seq), finish)
+    feed.receive(seq, one.frame(seq), finish)
+    return feed.has_gap
 
 
 def subscribe(feed: Feed, position: int = 10, *, size: int = 10_000) -> Subscriber:
@@ -47,7 +48,7 @@ def got(subscriber: Subscriber) -> list[str]:
 
 @pytest.fixture
 def feed() -> Feed:
-    return Feed("t", "g")
+    return Feed("t", "g", lambda: None)
 
 
 # Order
@@ -116,7 +117,7 @@ def test_what_came_while_reading_is_not_passed_on_twice(feed: Feed) -> None:
 
 def test_events_held_are_bounded(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the bound the history is relied on."""
-    monkeypatch.setattr(feeds, "MAX_EARLY", 2)
+    monkeypatch.setattr(feeds, "MAX_EARLY_BYTES", 2 * len(entry(12).frame()))
     subscriber = subscribe(feed)
     for seq in (12, 13, 14):
         assert send(feed, seq)
@@ -333,6 +334,39 @@ def test_a_gap_that_is_gone_resets_everybody(feed: Feed) -> None:
     assert got(subscriber) == ["51"]
 
 
+def test_a_listener_ahead_of_a_gap_is_not_taken_back(feed: Feed) -> None:
+    """A reset for what others missed leaves alone who has it already."""
+    subscribe(feed, 10)
+    ahead = Subscriber(30, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(ahead)
+    ahead.catch_up(read(last=30))
+    feed.pass_on(10, read(last=20, complete=False))
+    assert ahead.take() == b""
+    feed.pass_on(20, read(*range(21, 32), last=31))
+    assert got(ahead) == ["31"]
+
+
+def test_a_reset_at_a_close_opens_the_token_anew(feed: Feed) -> None:
+    """One that was reset to a close has not seen it, and its cursor says so."""
+    subscriber = subscribe(feed)
+    feed.pass_on(10, Slice(complete=False, last=50, closed=True))
+    (event,) = Decoder().feed(subscriber.take())
+    assert event.id == "50+"
+
+
+def test_a_gap_is_reported(feed: Feed) -> None:
+    """Whoever closes gaps is told at once, also of one found while catching up."""
+    told = []
+    feed = Feed("t", "g", lambda: told.append(1))
+    subscriber = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber)
+    send(feed, 13)
+    assert not told
+    subscriber.catch_up(read(last=10))
+    assert told
+    assert feed.has_gap
+
+
 def test_an_overtaken_read_does_not_reset(feed: Feed) -> None:
     """A read from a place that the feed has left says nothing about it."""
     subscriber = subscribe(feed)
@@ -344,22 +378,38 @@ def test_an_overtaken_read_does_not_reset(feed: Feed) -> None:
 def test_a_risen_floor_takes_listeners_along(feed: Feed) -> None:
     """Listeners of a token without events follow the floor, so that they can resume."""
     subscriber = subscribe(feed, 10)
-    feed.raise_to(10)
-    feed.raise_to(40)
+    feed.raise_to(10, certain=True)
+    feed.raise_to(40, certain=True)
     assert subscriber.take() == b"id: 40\n\n"
-    feed.raise_to(30)
+    feed.raise_to(30, certain=True)
     assert subscriber.take() == b""
     send(feed, 41)
     assert got(subscriber) == ["41"]
 
 
+@pytest.mark.parametrize("case", ["had events", "had a head", "not certain"])
+def test_a_token_that_was_forgotten_resets(feed: Feed, case: str) -> None:
+    """Where events may have come and gone, the floor is no excuse for silence."""
+    subscriber = subscribe(feed, 10)
+    if case == "had events":
+        send(feed, 11)
+        got(subscriber)
+    elif case == "had a head":
+        feed.compare(10, 10)
+    feed.raise_to(40, certain=case != "not certain")
+    (event,) = Decoder().feed(subscriber.take())
+    assert (event.event, event.id) == ("reset", "40")
+    feed.raise_to(50, certain=True)
+    assert subscriber.take() == b"id: 50\n\n"
+
+
 def test_a_floor_says_nothing_to_a_feed_without_a_place(feed: Feed) -> None:
     """Before the first catch-up there is nothing to move, nor for a finished subscriber."""
-    feed.raise_to(40)
+    feed.raise_to(40, certain=True)
     assert feed.last is None
     subscriber = subscribe(feed, 50)
     subscriber.finished = True
-    feed.raise_to(60)
+    feed.raise_to(60, certain=True)
     assert subscriber.take() == b""
 
 
@@ -367,13 +417,15 @@ def test_a_floor_says_nothing_to_a_feed_without_a_place(feed: Feed) -> None:
 
 
 def test_keepalive_only_on_a_silent_stream(feed: Feed) -> None:
-    """Two ticks without a write give one keepalive; a stalled reader gets no more."""
+    """Every second tick without a write gives one; a stalled reader gets no more."""
     subscriber = subscribe(feed)
-    subscriber.keep_alive()
-    assert subscriber.take() == b""
-    subscriber.keep_alive()
-    subscriber.keep_alive()
-    subscriber.keep_alive()
+    for _ in range(2):
+        subscriber.keep_alive()
+        assert subscriber.take() == b""
+        subscriber.keep_alive()
+        assert subscriber.take() == KEEPALIVE
+    for _ in range(8):
+        subscriber.keep_alive()
     assert subscriber.take() == KEEPALIVE
     send(feed, 11)
     got(subscriber)
@@ -420,7 +472,7 @@ def test_whatever_the_layer_does_nothing_is_missing(data: st.DataObject) -> None
     """Lost, repeated and disordered messages, reads and overflows: all events, once, in order."""
     total = data.draw(st.integers(1, 30))
     history = [entry(seq) for seq in range(1, total + 1)]
-    feed = Feed("t", "g")
+    feed = Feed("t", "g", lambda: None)
     subscriber = Subscriber(0, buffer_bytes=120, keepalive_seconds=None)
     feed.add(subscriber)
     written = b""

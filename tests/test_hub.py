@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -221,7 +224,7 @@ async def test_a_gap_is_closed_before_the_next_head_check(settings) -> None:
     settings.EVENTSOURCE_POLL_SECONDS = 10_000
     hub = get_hub()
     subscriber = await listen(hub)
-    await until(lambda: hub._joining and hub._joining.done())
+    await until(lambda: hub._wake._waiters)
     entries = add(hub.history, "a", "b")
     hub.deliver(group_name("t"), message("t", entries[1].seq, "b"))
     assert await receive(subscriber, 2) == ["a", "b"]
@@ -356,7 +359,8 @@ async def test_a_failing_history_ends_no_stream(
     add(faulty.real, "a")
     assert await receive(subscriber, 1) == ["a"]
     assert faulty.failures == {"aheads": 0, "aread": 0}
-    assert caplog.text.count("Tending the streams failed") == 4
+    assert caplog.text.count("Tending the streams failed; trying again.") == 2
+    assert caplog.text.count("Reading the history of 't' failed; trying again.") == 2
 
 
 async def test_groups_are_joined_again_on_a_timer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,6 +369,87 @@ async def test_groups_are_joined_again_on_a_timer(monkeypatch: pytest.MonkeyPatc
     hub = get_hub()
     await listen(hub)
     await until(lambda: len([c for c in layer_of(hub).calls if c[0] == "group_add"]) >= 3)
+
+
+async def test_one_token_that_fails_is_no_other_tokens_trouble(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A history that cannot be read for one token is read for the others."""
+    bad, good = await listen(hub, "bad"), await listen(hub, "good")
+    real = get_history()
+    read = real.read
+
+    def fail(token: str, *args: Any, **kwargs: Any) -> Any:
+        return 1 / 0 if token == "bad" else read(token, *args, **kwargs)
+
+    monkeypatch.setattr(real, "read", fail)
+    add(real, "lost", token="bad")
+    for text in ("a", "b", "c"):
+        add(real, text, token="good")
+        assert await receive(good, 1) == [text]
+    monkeypatch.setattr(real, "read", read)
+    assert await receive(bad, 1) == ["lost"]
+
+
+async def test_pruning_that_takes_long_holds_up_nothing(
+    hub: Hub, settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Events arrive while the history is pruned, which is done once at a time."""
+    release = asyncio.Event()
+    calls = []
+
+    async def prune() -> int:
+        calls.append(1)
+        await release.wait()
+        raise ConnectionError
+
+    monkeypatch.setattr(get_history(), "aprune", prune)
+    subscriber = await listen(hub)
+    hub._begin_prune()
+    await until(lambda: calls)
+    hub._begin_prune()
+    add(hub.history, "a")
+    assert await receive(subscriber, 1) == ["a"]
+    release.set()
+    await until(lambda: "Pruning the history failed" in caplog.text)
+    assert calls == [1]
+
+
+async def test_a_bad_setting_does_not_end_the_tending(
+    settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the system checks did not run, a bad setting is logged and events arrive."""
+    settings.EVENTSOURCE_PRUNE_SECONDS = 0
+    settings.EVENTSOURCE_POLL_SECONDS = -1
+    hub = get_hub()
+    subscriber = await listen(hub)
+    for text in ("a", "b"):
+        add(hub.history, text)
+        assert await receive(subscriber, 1) == [text]
+    assert "EVENTSOURCE_PRUNE_SECONDS must be a positive number" in caplog.text
+    assert "EVENTSOURCE_POLL_SECONDS must be a positive number" in caplog.text
+
+
+async def test_the_hub_holds_on_to_no_request(hub: Hub) -> None:
+    """Neither its tasks nor its timers keep the context of the request that came first."""
+    request = contextvars.ContextVar[object]("request")
+
+    class Request:
+        pass
+
+    def handle(subscriber: Subscriber) -> weakref.ref[Request]:
+        one = Request()
+        request.set(one)
+        hub._keep_alive(subscriber)
+        hub.deliver(group_name("t"), message("t", None, "live"))
+        return weakref.ref(one)
+
+    subscriber = await listen(hub)
+    subscriber.keepalive_seconds = 1000
+    gone = contextvars.copy_context().run(handle, subscriber)
+    assert await receive(subscriber, 1) == ["live"]
+    gc.collect()
+    assert gone() is None
 
 
 # Coming and going

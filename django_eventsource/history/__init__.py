@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -14,6 +15,7 @@ from .base import Draft, Entry, History, Kind, Position, Slice
 __all__ = ["Draft", "Entry", "History", "Kind", "Position", "Slice", "get_history"]
 
 _current: History | None = None
+_lock = threading.Lock()
 
 
 def get_history() -> History:
@@ -22,9 +24,10 @@ def get_history() -> History:
     :raises ImproperlyConfigured: when the setting is wrong.
     """
     global _current
-    if _current is None:
-        _current = make_history()
-    return _current
+    with _lock:
+        if _current is None:
+            _current = make_history()
+        return _current
 
 
 def make_history() -> History:

@@ -63,12 +63,13 @@ class Draft:
             kind = Kind.RETRY
         elif event.action == event.FINISH:
             kind = Kind.FINISH
-        if event.id is not None:
-            check_id(event.id)
+        event_id = None if event.id is None else str(event.id)
+        if event_id is not None:
+            check_id(event_id)
         return cls(
             action=event.action,
             data=encode_text("value", "\n".join(lines)),
-            event_id=event.id,
+            event_id=event_id,
             kind=kind,
         )
 
@@ -102,6 +103,14 @@ class Entry:
         return self.draft.frame(self.seq)
 
 
+def cursor_at(seq: int, *, closed: bool) -> str:
+    """Give the cursor of a listener that starts at a place.
+
+    One that starts at a close has not seen it: it opens the token anew.
+    """
+    return f"{seq}+" if closed else str(seq)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
     """What a read gives: events in order, right after the place that was asked for.
@@ -114,6 +123,13 @@ class Slice:
     entries: tuple[Entry, ...] = ()
     complete: bool
     last: int
+    closed: bool = False
+    """Is the newest event a close?"""
+
+    @property
+    def resume(self) -> str:
+        """The cursor of a listener that goes on at the newest event."""
+        return cursor_at(self.last, closed=self.closed)
 
     @property
     def more(self) -> bool:
@@ -161,7 +177,8 @@ class History(ABC):
             ("MAX_AGE", MAX_AGE),
             ("TOKEN_MAX_AGE", TOKEN_MAX_AGE),
         ):
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value < float("inf"):
                 raise number_error(f"EVENTSOURCE_HISTORY {name}", value, "a positive number")
         if TOKEN_MAX_AGE < MAX_AGE:
             raise ImproperlyConfigured(
@@ -213,7 +230,7 @@ class History(ABC):
         """Take events inside a transaction; give what to call after its commit."""
         return lambda: self.append(token, drafts)
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027
         """Let go of what a burst of reads held, such as a database connection."""
 
     def locate(self, token: str, cursor: str | None) -> Position:
@@ -240,8 +257,7 @@ class History(ABC):
 
     def _newest(self, token: str, *, known: bool) -> Position:
         seq, closed = self.newest(token)
-        mark = "+" if closed == seq else ""
-        return Position(seq=seq, cursor=f"{seq}{mark}", known=known)
+        return Position(seq=seq, cursor=cursor_at(seq, closed=closed == seq), known=known)
 
     def first_seq(self, floor: int) -> int:
         """Give a new life's first number: the clock in microseconds, above the floor."""
@@ -253,9 +269,7 @@ class History(ABC):
         self, token: str, after: int, *, max_events: int = 500, max_bytes: int = 262_144
     ) -> Slice:
         """Await :meth:`read`."""
-        return await self.call(
-            self.read, token, after, max_events=max_events, max_bytes=max_bytes
-        )
+        return await self.call(self.read, token, after, max_events=max_events, max_bytes=max_bytes)
 
     async def aheads(self, tokens: Iterable[str]) -> tuple[dict[str, int], int]:
         """Await :meth:`heads`."""

@@ -10,9 +10,11 @@ is written in the order of its numbers, and a number that is visible stays.
 from __future__ import annotations
 
 import datetime
+import logging
 import random
 import threading
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,23 +24,27 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections, transaction
-from django.db.models import F, Max, Q
+from django.db.models import F, Max, Q, QuerySet
 from django.db.models.functions import Greatest
-from django.db.utils import DatabaseError, OperationalError
+from django.db.utils import DatabaseError, Error, OperationalError
 from django.utils import timezone
 
 from ..models import FLOOR_KEY, PendingEvent, StoredEvent, TokenHead, set_floor
 from ..tokens import token_key
 from .base import Draft, Entry, History, Kind, Slice, T
 
+logger = logging.getLogger("django_eventsource.history")
 
 BATCH = 500
-CONTENTION_SECONDS = 60
+CONTENTION_SECONDS = 60.0
 """How long a short transaction is tried again when others hold what it needs."""
+HEAD_CHECK_PATIENCE = 0.5
+"""The same for a head check, which others wait for and which comes again."""
 
 # SQLite lets one writer in at a time and does not queue the others: threads of one
 # process queue here, so that only processes contend.
-_sqlite_queues: dict[str, threading.Lock] = defaultdict(threading.Lock)
+# Reentrant, since a commit hook may publish.
+_sqlite_queues: dict[str, threading.RLock] = defaultdict(threading.RLock)
 
 
 class DatabaseHistory(History):
@@ -68,11 +74,12 @@ class DatabaseHistory(History):
     def stage(self, token: str, drafts: Sequence[Draft]) -> Callable[[], list[Entry]]:
         now = timezone.now()
         key = token_key(token)
-        pending_ids = []
-        for draft in drafts:
-            row = self._pending.create(key=key, token=token, created=now, **_columns(draft))
-            pending_ids.append(row.pk)
-        return partial(self._settled, token, pending_ids)
+        rows = [
+            PendingEvent(key=key, token=token, created=now, ref=uuid.uuid4(), **_columns(draft))
+            for draft in drafts
+        ]
+        self._pending.bulk_create(rows, batch_size=BATCH)
+        return partial(self._settled, token, [row.ref for row in rows])
 
     def _append(self, token: str, drafts: Sequence[Draft], **extra: Sequence[Any]) -> list[Entry]:
         now = timezone.now()
@@ -119,33 +126,35 @@ class DatabaseHistory(History):
             self._heads.bulk_create([head], ignore_conflicts=True)
         return row.values_list("pk", "last").get()
 
-    def _settled(self, token: str, pending_ids: Sequence[int]) -> list[Entry]:
-        """Give staged events their place, or find the place that others gave them."""
-        settled = self._settle(token)
-        missing = [pk for pk in pending_ids if pk not in settled]
-        rows = self._rows(token).filter(pending_id__in=missing) if missing else []
-        for row in rows:
-            settled[row.pending_id or 0] = _entry(row)
-        return [settled[pk] for pk in pending_ids]
+    def _settled(self, token: str, refs: Sequence[uuid.UUID]) -> list[Entry]:
+        """Give staged events their place, or find the place that others gave them.
 
-    def _settle(self, token: str) -> dict[int, Entry]:
+        One that others settled and trimmed already is not among them.
+        """
+        settled = self._settle(token)
+        missing = [ref for ref in refs if ref not in settled]
+        rows = self._rows(token).filter(ref__in=missing) if missing else []
+        settled.update({row.ref: _entry(row) for row in rows})
+        return [settled[ref] for ref in refs if ref in settled]
+
+    def _settle(self, token: str, *, patience: float | None = None) -> dict[uuid.UUID, Entry]:
         """Give every pending event of the token its sequence number."""
-        settled: dict[int, Entry] = {}
-        while batch := self._in_transaction(partial(self._settle_batch, token)):
+        settled: dict[uuid.UUID, Entry] = {}
+        while batch := self._in_transaction(partial(self._settle_batch, token), patience):
             settled.update(batch)
             if len(batch) < BATCH:
                 break
         return settled
 
-    def _settle_batch(self, token: str) -> dict[int, Entry]:
+    def _settle_batch(self, token: str) -> dict[uuid.UUID, Entry]:
         self._advance(token, 0, timezone.now())
         rows = list(self._pending.filter(key=token_key(token)).order_by("pk")[:BATCH])
         if not rows:
             return {}
-        pending_ids = [row.pk for row in rows]
-        entries = self._append(token, [_draft(row) for row in rows], pending_id=pending_ids)
-        self._pending.filter(pk__in=pending_ids).delete()
-        return dict(zip(pending_ids, entries, strict=True))
+        refs = [row.ref for row in rows]
+        entries = self._append(token, [_draft(row) for row in rows], ref=refs)
+        _delete(self._pending.filter(pk__in=[row.pk for row in rows]))
+        return dict(zip(refs, entries, strict=True))
 
     # Reading
 
@@ -168,11 +177,20 @@ class DatabaseHistory(History):
         first = entries[0].seq if entries else 0
         # The floor is the only number below a life that listeners were given.
         complete = first == after + 1 or (after == floor and first == head.first)
-        return Slice(entries=entries if complete else (), complete=complete, last=head.last)
+        return Slice(
+            entries=entries if complete else (),
+            complete=complete,
+            last=head.last,
+            closed=head.closed == head.last,
+        )
 
     def heads(self, tokens: Iterable[str]) -> tuple[dict[str, int], int]:
         for token in self._pending.values_list("token", flat=True).distinct()[:BATCH]:
-            self._settle(token)
+            try:
+                self._settle(token, patience=HEAD_CHECK_PATIENCE)
+            except (DatabaseError, ValueError):
+                # The others must not wait for one; the next head check tries again.
+                logger.exception("Pending events of %r could not be settled.", token)
         by_key = {token_key(token): token for token in tokens}
         keys = list(by_key)
         found: dict[str, int] = {}
@@ -208,7 +226,7 @@ class DatabaseHistory(History):
 
     def prune(self) -> int:
         now = timezone.now()
-        old = self._events.filter(created__lt=now - datetime.timedelta(seconds=self.max_age))
+        old = self._events.filter(created__lt=now - _seconds(self.max_age))
         cuts = dict(
             old.order_by().values_list("head").annotate(Max("seq")).values_list("head", "seq__max")
         )
@@ -216,7 +234,7 @@ class DatabaseHistory(History):
         for head_id, last in full.values_list("pk", "last"):
             cuts[head_id] = max(cuts.get(head_id, 0), last - self.max_events)
         removed = sum(self._cut(head_id, until) for head_id, until in cuts.items())
-        self._forget(now - datetime.timedelta(seconds=self.token_max_age))
+        self._forget(now - _seconds(self.token_max_age))
         return removed
 
     def _cut(self, head_id: int, until: int) -> int:
@@ -230,7 +248,7 @@ class DatabaseHistory(History):
 
     def _cut_batch(self, head_id: int, until: int) -> int:
         self._heads.filter(pk=head_id).update(kept=Greatest(F("kept"), until + 1))
-        return self._events.filter(head=head_id, seq__lte=until).delete()[0]
+        return _delete(self._events.filter(head=head_id, seq__lte=until))
 
     def _forget(self, before: datetime.datetime) -> None:
         """Forget tokens that were idle for long, and raise the floor above them."""
@@ -240,7 +258,7 @@ class DatabaseHistory(History):
 
     def _forget_one(self, pk: int, last: int, before: datetime.datetime) -> None:
         # An append that came first has moved the head: then it stays.
-        if not self._heads.filter(pk=pk, last=last, updated__lt=before).delete()[0]:
+        if not _delete(self._heads.filter(pk=pk, last=last, updated__lt=before)):
             return
         row = self._heads.filter(key=FLOOR_KEY)
         while not row.update(last=Greatest(F("last"), last)):
@@ -248,9 +266,12 @@ class DatabaseHistory(History):
 
     # Running
 
-    def _in_transaction(self, work: Callable[[], T]) -> T:
-        """Run short work in a transaction, again while others hold what it needs."""
-        deadline = time.monotonic() + CONTENTION_SECONDS
+    def _in_transaction(self, work: Callable[[], T], patience: float | None = None) -> T:
+        """Run short work in a transaction, again while others hold what it needs.
+
+        :param patience: seconds for which it is tried; ``CONTENTION_SECONDS`` if not given.
+        """
+        deadline = time.monotonic() + (CONTENTION_SECONDS if patience is None else patience)
         while True:
             try:
                 with self._sqlite_queue(), transaction.atomic(using=self.using):
@@ -278,12 +299,22 @@ class DatabaseHistory(History):
     def _call(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         try:
             return func(*args, **kwargs)
-        except DatabaseError:
+        except Error:
             self.release()
             raise
 
     def release(self) -> None:
         connections[self.using].close_if_unusable_or_obsolete()
+
+    async def aprune(self) -> int:
+        """Await :meth:`prune`, in a thread of its own: it may take long."""
+        return await sync_to_async(self._prune_apart, thread_sensitive=False)()
+
+    def _prune_apart(self) -> int:
+        try:
+            return self.prune()
+        finally:
+            connections[self.using].close()
 
 
 def _columns(draft: Draft) -> dict[str, Any]:
@@ -293,6 +324,16 @@ def _columns(draft: Draft) -> dict[str, Any]:
         "event_id": draft.event_id,
         "kind": draft.kind.value,
     }
+
+
+def _delete(rows: QuerySet[Any]) -> int:
+    """Delete rows without signals: nobody's receiver runs in our short transactions."""
+    return rows._raw_delete(rows.db)
+
+
+def _seconds(seconds: float) -> datetime.timedelta:
+    """Give a time span that can be taken off any date of today."""
+    return datetime.timedelta(seconds=min(seconds, 10**9))
 
 
 def _draft(row: StoredEvent | PendingEvent) -> Draft:

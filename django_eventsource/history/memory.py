@@ -73,7 +73,7 @@ class MemoryHistory(History):
             if after == self._floor:
                 seq = life.first
             if not life.kept <= seq <= life.last + 1:
-                return Slice(complete=False, last=life.last)
+                return Slice(complete=False, last=life.last, closed=life.closed == life.last)
             entries: list[Entry] = []
             while seq <= life.last and len(entries) < max_events:
                 entry = life.entries[seq][1]
