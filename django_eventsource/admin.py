@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin
+from django.db.models import QuerySet
 from django.http import HttpRequest
 
-from .models import PendingEvent, StoredEvent, TokenHead
+from .models import FLOOR_KEY, PendingEvent, StoredEvent, TokenHead
 
 
 class ReadOnlyAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
@@ -30,14 +31,17 @@ class TokenHeadAdmin(ReadOnlyAdmin):
     list_display = ["token", "last", "kept", "closed", "updated"]
     search_fields = ["token"]
 
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        """Leave out the row that keeps the floor."""
+        return super().get_queryset(request).exclude(key=FLOOR_KEY)
+
 
 @admin.register(StoredEvent)
 class StoredEventAdmin(ReadOnlyAdmin):
     """The events."""
 
-    list_display = ["head", "seq", "event_id", "action", "text", "created"]
+    list_display = ["head", "seq", "event_id", "action", "excerpt", "created"]
     list_filter = ["action", "kind"]
-    list_select_related = ["head"]
     search_fields = ["head__token"]
     fields = ["head", "seq", "event_id", "action", "kind", "text", "size", "created"]
     readonly_fields = ["text"]

@@ -23,10 +23,23 @@ def check_settings(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMess
             if name == "history":
                 make_history()
             elif name == "policy":
-                value()
-        except (ImproperlyConfigured, TypeError) as error:
+                make_policy(value)
+        except ImproperlyConfigured as error:
             messages.append(Error(str(error), id=f"eventsource.E{PROPERTIES.index(name) + 1:03}"))
     return messages
+
+
+def make_policy(policy: type[Any]) -> Any:
+    """Make a policy as the view does.
+
+    :raises ImproperlyConfigured: when it wants arguments.
+    """
+    try:
+        return policy()
+    except TypeError as error:
+        raise ImproperlyConfigured(
+            f"EVENTSOURCE_POLICY must name a class that is made without arguments ({error})."
+        ) from error
 
 
 def check_processes(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:

@@ -7,6 +7,7 @@ expected; the system checks report the same sentences at start.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,10 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from .events import RESET, Event
+from .events import MAX_ACTION_LENGTH, RESET, Event, check_field
+from .exceptions import InvalidEvent
 
+MAX_NUMBER = 10**12
 DEFAULT_HISTORY = "django_eventsource.history.database.DatabaseHistory"
 
 
@@ -54,9 +57,11 @@ class Conf:
         name = "EVENTSOURCE_POLICY"
         path = _get(name, "django_eventsource.policies.DefaultPolicy")
         value = _load(name, path)
-        if not all(callable(getattr(value, hook, None)) for hook in ("can_listen", "can_send")):
+        hooks = (getattr(value, hook, None) for hook in ("can_listen", "can_send"))
+        if not all(inspect.iscoroutinefunction(hook) for hook in hooks):
             raise ImproperlyConfigured(
-                f"{name} must name a class with can_listen() and can_send(), not {path!r}."
+                f"{name} must name a class with `async def can_listen()` and `async def "
+                f"can_send()`, not {path!r}."
             )
         return value  # type: ignore[no-any-return]
 
@@ -121,11 +126,14 @@ def check_event_class(event_class: type[Event]) -> type[Event]:
     """
     where = f"{event_class.__module__}.{event_class.__qualname__}"
     actions = event_class.ACTIONS
-    if not isinstance(actions, list | tuple) or not all(
-        isinstance(action, str) and action and "/" not in action for action in actions
-    ):
+    if not isinstance(actions, list | tuple) or not all(map(_is_action, actions)):
         raise ImproperlyConfigured(
-            f"{where}.ACTIONS must be a list of action names without a slash, not {actions!r}."
+            f"{where}.ACTIONS must be a list of action names, without slashes or line ends, "
+            f"not {actions!r}."
+        )
+    if not _is_action(event_class.LISTEN):
+        raise ImproperlyConfigured(
+            f"{where}.LISTEN must be an action name, not {event_class.LISTEN!r}."
         )
     if RESET in (*actions, event_class.LISTEN):
         raise ImproperlyConfigured(
@@ -133,6 +141,16 @@ def check_event_class(event_class: type[Event]) -> type[Event]:
             "that it missed events. Choose another name."
         )
     return event_class
+
+
+def _is_action(name: object) -> bool:
+    if not isinstance(name, str) or "/" in name:
+        return False
+    try:
+        check_field("action", name, MAX_ACTION_LENGTH)
+    except InvalidEvent:
+        return False
+    return True
 
 
 def number_error(name: str, value: object, expected: str) -> ImproperlyConfigured:
@@ -149,7 +167,7 @@ def _load(name: str, path: object) -> Any:
         raise ImproperlyConfigured(f"{name} must be a dotted path, not {path!r}.")
     try:
         return import_string(path)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise ImproperlyConfigured(f"{name} cannot be imported: {path!r} ({error}).") from error
 
 
@@ -165,7 +183,7 @@ def check_positive(name: str, value: Any, *, or_none: bool = True) -> float | No
     if value is None and or_none:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < float("inf"):
+    if not is_number or not 0 < value <= MAX_NUMBER:
         suffix = " or None" if or_none else ""
         raise number_error(name, value, f"a positive number{suffix}")
     return float(value)

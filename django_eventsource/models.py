@@ -12,6 +12,7 @@ from typing import Any
 
 from django.db import models
 from django.utils import timezone
+from django.utils.text import Truncator
 from django.utils.translation import gettext_lazy as _
 
 FLOOR_KEY = ""
@@ -52,7 +53,11 @@ class EventFields(models.Model):
 
     def text(self) -> str:
         """Give the data as text."""
-        return bytes(self.data).decode()
+        return bytes(self.data).decode(errors="replace")
+
+    def excerpt(self) -> str:
+        """Give the beginning of the data, on one line."""
+        return Truncator(" ".join(self.text().split())).chars(80)
 
 
 class StoredEvent(EventFields):

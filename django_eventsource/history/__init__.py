@@ -38,7 +38,7 @@ def make_history() -> History:
     path, options = conf.history
     try:
         backend = import_string(path)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ImproperlyConfigured(
             f"EVENTSOURCE_HISTORY BACKEND cannot be imported: {path!r} ({error})."
         ) from error

@@ -1,0 +1,157 @@
+"""Tests of the system checks."""
+
+from __future__ import annotations
+
+import pytest
+from channels.layers import BaseChannelLayer
+from django.core.checks import Error, Warning, run_checks  # noqa: A004
+from django.core.management import call_command
+from django.core.management.base import SystemCheckError
+
+from django_eventsource.checks import check_processes, check_server, check_settings
+from django_eventsource.events import StringEvent
+from django_eventsource.policies import AllowAny
+
+
+class NeedsAnArgument(AllowAny):
+    def __init__(self, argument):
+        raise NotImplementedError
+
+
+class SharedLayer(BaseChannelLayer):
+    pass
+
+
+class WithReset(StringEvent):
+    ACTIONS = ["ping", "reset"]
+
+
+BAD = {
+    "EVENT_CLASS": "nowhere.Event",
+    "HISTORY": 5,
+    "POLICY": "nowhere.Policy",
+    "CHANNEL_LAYER": "nowhere",
+    "KEEPALIVE_SECONDS": 0,
+    "RETRY_MS": 0,
+    "POLL_SECONDS": "1",
+    "PRUNE_SECONDS": -1,
+    "GRANT_SECONDS": None,
+    "MAX_EVENT_BYTES": 1.5,
+    "STREAM_BUFFER_BYTES": None,
+}
+
+
+def test_defaults_are_fine():
+    """The test project's settings, all defaults, give no message."""
+    assert check_settings() == []
+    assert check_server() == []
+    assert check_processes() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "check_id"),
+    [(name, f"eventsource.E{number:03}") for number, name in enumerate(BAD, 1)],
+)
+def test_bad_setting_is_an_error(settings, name, check_id):
+    """Each bad setting is one error with an id of its own, naming setting and value."""
+    setattr(settings, f"EVENTSOURCE_{name}", BAD[name])
+    (message,) = check_settings()
+    assert isinstance(message, Error)
+    assert message.id == check_id
+    assert message.msg.startswith(f"EVENTSOURCE_{name} ")
+    assert repr(BAD[name]) in message.msg
+
+
+def test_all_bad_settings_are_told_at_once(settings):
+    """Several bad settings are told together, not one at each start."""
+    for name, value in BAD.items():
+        setattr(settings, f"EVENTSOURCE_{name}", value)
+    assert len(check_settings()) == len(BAD)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"BACKEND": "nowhere.History"}, "BACKEND cannot be imported: 'nowhere.History'"),
+        ({"BACKEND": None}, "BACKEND cannot be imported: None"),
+        ({"BACKEND": "django.http.HttpRequest"}, "BACKEND must name a subclass of"),
+        ({"OPTIONS": {"MAX_EVENT": 5}}, "OPTIONS do not fit"),
+        ({"OPTIONS": {"MAX_EVENTS": 0}}, "MAX_EVENTS must be a positive number, not 0."),
+        ({"OPTIONS": {"USING": "nowhere"}}, "USING must be an alias in DATABASES, not 'nowhere'."),
+    ],
+    ids=["path", "none", "class", "option", "value", "alias"],
+)
+def test_history_is_made_to_check_it(settings, value, reason):
+    """A backend or an option that does not work is told at start."""
+    settings.EVENTSOURCE_HISTORY = value
+    (message,) = check_settings()
+    assert message.id == "eventsource.E002"
+    assert message.msg.startswith(f"EVENTSOURCE_HISTORY {reason}")
+
+
+def test_reserved_action_is_an_error(settings):
+    """A class that lists `reset` is an error of the setting that names it."""
+    settings.EVENTSOURCE_EVENT_CLASS = f"{__name__}.WithReset"
+    (message,) = check_settings()
+    assert message.id == "eventsource.E001"
+    assert "'reset', which is reserved" in message.msg
+
+
+def test_policy_is_made_to_check_it(settings):
+    """A policy that cannot be made without arguments is told at start."""
+    settings.EVENTSOURCE_POLICY = f"{__name__}.NeedsAnArgument"
+    (message,) = check_settings()
+    assert message.id == "eventsource.E003"
+    assert "NeedsAnArgument" in message.msg
+    assert "argument" in message.msg
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_project_without_asgi_is_warned(settings, value):
+    """A project that is not set up for ASGI is warned, with the way out."""
+    settings.ASGI_APPLICATION = value
+    (message,) = check_server()
+    assert isinstance(message, Warning)
+    assert message.id == "eventsource.W001"
+    assert "daphne" in message.hint
+
+
+def test_project_that_never_heard_of_asgi_is_warned(settings):
+    """A project without the setting is warned like one with an empty setting."""
+    del settings.ASGI_APPLICATION
+    assert [message.id for message in check_server()] == ["eventsource.W001"]
+
+
+MEMORY = "django_eventsource.history.memory.MemoryHistory"
+DATABASE = "django_eventsource.history.database.DatabaseHistory"
+IN_MEMORY = "channels.layers.InMemoryChannelLayer"
+
+
+@pytest.mark.parametrize(
+    ("history", "layer", "ids"),
+    [
+        (MEMORY, f"{__name__}.SharedLayer", ["eventsource.W002"]),
+        (MEMORY, IN_MEMORY, []),
+        (DATABASE, f"{__name__}.SharedLayer", []),
+        ("nowhere.History", f"{__name__}.SharedLayer", []),
+    ],
+    ids=["lonely-history", "one-process", "both-shared", "reported-elsewhere"],
+)
+def test_history_of_one_process_behind_a_shared_layer(settings, history, layer, ids):
+    """A history that other processes do not see does not go with a layer that they share."""
+    settings.EVENTSOURCE_HISTORY = {"BACKEND": history}
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": layer}}
+    found = check_processes()
+    assert [message.id for message in found] == ids
+    assert all(
+        isinstance(message, Warning) and "DatabaseHistory" in message.hint for message in found
+    )
+
+
+def test_manage_py_check_stops_on_a_bad_setting(settings):
+    """`manage.py check` runs the checks, and fails on a bad setting."""
+    call_command("check")
+    settings.EVENTSOURCE_RETRY_MS = -1
+    with pytest.raises(SystemCheckError, match="EVENTSOURCE_RETRY_MS must be"):
+        call_command("check")
+    assert [message.id for message in run_checks(tags=["eventsource"])] == ["eventsource.E006"]

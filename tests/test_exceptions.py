@@ -1,0 +1,43 @@
+"""Tests of the exceptions."""
+
+from __future__ import annotations
+
+import pytest
+
+from django_eventsource import exceptions
+from django_eventsource.exceptions import ClientError, EventSourceError, UnknownAction
+
+CLASSES = [value for value in vars(exceptions).values() if isinstance(value, type)]
+
+
+@pytest.mark.parametrize("error_class", CLASSES, ids=lambda error_class: error_class.__name__)
+def test_one_base_catches_every_error(error_class):
+    """A user who catches EventSourceError has caught everything that is raised here."""
+    assert issubclass(error_class, EventSourceError)
+    assert error_class.__doc__
+
+
+@pytest.mark.parametrize("name", ["InvalidToken", "InvalidEvent", "UnknownAction"])
+def test_malformed_input_is_a_value_error(name):
+    """Code that expects Python's own ValueError for bad input gets one."""
+    assert issubclass(getattr(exceptions, name), ValueError)
+
+
+def test_unknown_action_names_the_allowed_ones():
+    """An unknown action's error says what was given and what would be allowed."""
+    error = UnknownAction("pong", ["ping", "close"], "StringEvent")
+    assert str(error) == "Unknown action 'pong': StringEvent allows ping, close."
+    assert (error.action, error.allowed) == ("pong", ["ping", "close"])
+
+
+def test_unknown_action_of_a_class_without_actions():
+    """A class that allows nothing says so."""
+    assert str(UnknownAction("ping", [], "Mute")) == "Unknown action 'ping': Mute allows none."
+
+
+@pytest.mark.parametrize("status", [None, 403])
+def test_client_error_carries_the_status(status):
+    """A client's error has the HTTP status, or None where there was no answer."""
+    error = ClientError("No answer.", status)
+    assert (str(error), error.status) == ("No answer.", status)
+    assert ClientError("No answer.").status is None

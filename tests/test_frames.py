@@ -1,0 +1,480 @@
+"""Tests of the event-stream format, line by line of the WHATWG standard's section on it."""
+
+from __future__ import annotations
+
+import codecs
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from django_eventsource.events import (
+    MAX_ACTION_LENGTH,
+    MAX_ID_LENGTH,
+    StringEvent,
+    check_field,
+    check_id,
+)
+from django_eventsource.exceptions import InvalidEvent
+from django_eventsource.frames import (
+    CONTENT_TYPE,
+    KEEPALIVE,
+    MAX_RETRY_MS,
+    Decoder,
+    ServerSentEvent,
+    encode_comment,
+    encode_event,
+    encode_id,
+    encode_retry,
+)
+
+
+def decode(*chunks, last_event_id=""):
+    """Give the events of a stream that arrived in these chunks."""
+    decoder = Decoder(last_event_id)
+    return [event for chunk in chunks for event in decoder.feed(chunk)]
+
+
+def decode_bytewise(stream):
+    return decode(*(stream[n : n + 1] for n in range(len(stream))))
+
+
+def data_of(*chunks):
+    return [event.data for event in decode(*chunks)]
+
+
+def wire(value, action="ping"):
+    """Encode as every event is: the lines of its value joined with LF."""
+    return encode_event(action, "\n".join(StringEvent("token", action, value).value).encode())
+
+
+# Server
+
+
+def test_media_type():
+    """The media type is the standard's."""
+    assert CONTENT_TYPE == "text/event-stream"
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n"], ids=repr)
+def test_server_3_one_data_line_for_each_line(end):
+    """CRLF, CR and LF end a line of the value; each line is a data line with its space."""
+    assert wire(f"a{end} b{end}") == b"event: ping\ndata: a\ndata:  b\ndata: \n\n"
+
+
+@pytest.mark.parametrize("character", "\u2028\u2029\x85\x0b\x0c", ids=ascii)
+def test_server_3_other_separators_are_no_line_ends(character):
+    """U+2028, U+0085, VT and FF stay inside their data line."""
+    frame = wire(f"a{character}b")
+    assert frame == f"event: ping\ndata: a{character}b\n\n".encode()
+    assert data_of(frame) == [f"a{character}b"]
+
+
+@pytest.mark.parametrize("character", "\r\n\0", ids=ascii)
+def test_server_4_fields_refuse_line_ends_and_nul(character):
+    """CR, LF and NUL are refused before they reach an event or id field."""
+    with pytest.raises(InvalidEvent):
+        check_field("action", f"a{character}data: forged", MAX_ACTION_LENGTH)
+    with pytest.raises(InvalidEvent):
+        check_id(f"1{character}data:forged")
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n"], ids=repr)
+def test_server_4_comments_refuse_line_ends(end):
+    """A comment with a line end could forge a field; it is refused."""
+    with pytest.raises(ValueError, match="must not hold a line end"):
+        encode_comment(f"hello{end}data: forged")
+
+
+def test_server_4_comment_is_ignored_by_clients():
+    """A comment is one line that dispatches nothing and commits nothing."""
+    frame = encode_comment("grüße: data")
+    assert frame == ": grüße: data\n".encode()
+    decoder = Decoder()
+    assert decoder.feed(b"id: 1\n" + frame) == []
+    assert decoder.last_event_id == ""
+
+
+def test_server_5_event_ends_with_a_blank_line():
+    """An event is an event line, data lines and a blank line."""
+    assert encode_event("ping", b"42") == b"event: ping\ndata: 42\n\n"
+
+
+def test_server_5_empty_value_is_dispatched():
+    """Empty data has a data line too: without one the event would never be dispatched."""
+    assert encode_event("close", b"") == b"event: close\ndata: \n\n"
+    assert decode(encode_event("close", b"")) == [ServerSentEvent(event="close")]
+
+
+def test_server_5_block_without_data_commits_its_id():
+    """The opening's id block dispatches nothing, but is the client's cursor from then on."""
+    decoder = Decoder("before")
+    assert encode_id("1700") == b"id: 1700\n\n"
+    assert decoder.feed(encode_id("1700")) == []
+    assert decoder.last_event_id == "1700"
+
+
+def test_server_6_keepalive_has_no_blank_line():
+    """A keepalive between id and blank line commits nothing."""
+    assert KEEPALIVE == b": keepalive\n"
+    decoder = Decoder()
+    assert decoder.feed(b"id: 1\n" + KEEPALIVE + KEEPALIVE) == []
+    assert decoder.last_event_id == ""
+
+
+def test_server_7_durable_event_carries_its_id():
+    """An id line comes with a durable event and with no other."""
+    assert encode_event("ping", b"a", "17") == b"id: 17\nevent: ping\ndata: a\n\n"
+    assert encode_event("ping", b"a") == b"event: ping\ndata: a\n\n"
+
+
+@pytest.mark.parametrize(
+    ("event_id", "frame"),
+    [(None, b"retry: 3000\n\n"), ("17", b"id: 17\nretry: 3000\n\n")],
+    ids=["live-only", "durable"],
+)
+def test_server_8_retry_is_ascii_digits(event_id, frame):
+    """A reconnection time is digits, milliseconds; with an id it commits the id."""
+    assert encode_retry(3000, event_id) == frame
+    decoder = Decoder()
+    assert decoder.feed(frame) == []
+    assert (decoder.retry_ms, decoder.last_event_id) == (3000, event_id or "")
+
+
+# Client
+
+BOM = codecs.BOM_UTF8
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (BOM + b"data: a\n\n",),
+        (BOM, b"data: a\n\n"),
+        (BOM[:1], BOM[1:2], BOM[2:] + b"data: a\n\n"),
+        (b"", BOM[:2], b"", BOM[2:], b"data: a\n\n"),
+    ],
+    ids=["whole", "alone", "split", "with-empty-chunks"],
+)
+def test_client_1_one_leading_bom_is_stripped(chunks):
+    """One leading BOM is stripped, also when it is split over chunks."""
+    assert data_of(*chunks) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "data"),
+    [
+        ((BOM + BOM + b"data: a\n\n",), []),
+        ((BOM, BOM + b"data: a\n\n"), []),
+        ((b"\n", BOM + b"data: a\n\n"), []),
+        ((b"data: " + BOM + b"a\n\n",), ["\ufeffa"]),
+    ],
+    ids=["second", "second-in-next-chunk", "after-a-line", "in-data"],
+)
+def test_client_1_other_boms_are_text(chunks, data):
+    """A second or later BOM is a character like any other."""
+    assert data_of(*chunks) == data
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\r", b"\n"], ids=repr)
+def test_client_2_line_ends(end):
+    """LF, CR and CRLF all end a line, whole or byte by byte."""
+    stream = end.join([b"data: a", b"data: b", b"", b"data: c", b"", b""])
+    assert data_of(stream) == ["a\nb", "c"]
+    assert [event.data for event in decode_bytewise(stream)] == ["a\nb", "c"]
+
+
+def test_client_2_mixed_line_ends():
+    """The three line ends may be mixed; LF CR is two of them."""
+    assert data_of(b"data: a\r\ndata: b\rdata: c\ndata: d\n\rdata: e\r\r") == ["a\nb\nc\nd", "e"]
+
+
+def test_client_2_cr_and_lf_in_different_chunks():
+    """A CR ends its line at once; the LF of the next chunk is its other half, not a blank line."""
+    decoder = Decoder()
+    assert decoder.feed(b"data: a\r") == []
+    assert decoder.feed(b"\n") == []
+    assert decoder.feed(b"data: b\r") == []
+    assert decoder.feed(b"") == []
+    assert [event.data for event in decoder.feed(b"\n\r")] == ["a\nb"]
+    assert decoder.feed(b"\n") == []
+    assert [event.data for event in decoder.feed(b"data: c\n\n")] == ["c"]
+
+
+def test_client_2_event_is_given_at_its_cr():
+    """A stream with CR line ends does not wait for a character after the last one."""
+    assert data_of(b"data: a\r\r") == ["a"]
+
+
+@pytest.mark.parametrize("text", ["é", "€", "😀"])
+def test_client_2_character_split_over_chunks(text):
+    """A UTF-8 character may be cut at every byte."""
+    assert [event.data for event in decode_bytewise(f"data: {text}\n\n".encode())] == [text]
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [(b"\xff", "\ufffd"), (b"a\xe2\x82b", "a\ufffdb"), (b"\xed\xa0\x80", "\ufffd" * 3)],
+    ids=["no-start-byte", "cut-off", "surrogate"],
+)
+def test_client_2_invalid_utf8_is_replaced(data, text):
+    """What is no UTF-8 becomes U+FFFD and hurts nothing around it."""
+    stream = b"data: " + data + b"\n\ndata: next\n\n"
+    assert data_of(stream) == [text, "next"]
+    assert [event.data for event in decode_bytewise(stream)] == [text, "next"]
+
+
+@pytest.mark.parametrize("character", "\u2028\u2029\x85\x0b\x0c\x1c", ids=ascii)
+def test_client_2_other_separators_are_no_line_ends(character):
+    """Only CR and LF end lines; str.splitlines() would cut here."""
+    assert data_of(f"data: a{character}b\n\n".encode()) == [f"a{character}b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "data"),
+    [
+        (b"data:a", ["a"]),
+        (b"data: a", ["a"]),
+        (b"data:  a", [" a"]),
+        (b"data:\ta", ["\ta"]),
+        (b"data:a: b", ["a: b"]),
+        (b"data::a", [":a"]),
+        (b"data:", [""]),
+        (b"data: ", [""]),
+        (b"data", [""]),
+        (b"Data: a", []),
+        (b" data: a", []),
+        (b"data : a", []),
+        (b"datum: a", []),
+        (b"nothing", []),
+        (b": data: a", []),
+        (b":", []),
+    ],
+    ids=repr,
+)
+def test_client_3_fields(line, data):
+    """The first colon splits, one space is dropped, names are exact, the rest is ignored."""
+    assert data_of(line + b"\n\n") == data
+
+
+def test_client_4_data_lines_join_with_lf():
+    """The data lines of a block are the lines of its data, empty ones included."""
+    assert data_of(b"data: a\ndata\ndata:b\ndata: \n\n") == ["a\n\nb\n"]
+
+
+def test_client_4_event_without_data_is_not_dispatched():
+    """A block without a data line dispatches nothing, and its type is forgotten."""
+    assert decode(b"event: ping\n\ndata: a\n\n") == [ServerSentEvent(event="message", data="a")]
+
+
+@pytest.mark.parametrize("line", [b"", b"event\n", b"event:\n", b"event: a\nevent:\n"], ids=repr)
+def test_client_4_type_falls_back_to_message(line):
+    """No type, or an empty one, is `message`."""
+    assert decode(line + b"data: a\n\n") == [ServerSentEvent(event="message", data="a")]
+
+
+def test_client_4_type_and_data_reset_but_the_id_does_not():
+    """Type and data belong to one block, the last event id to all that follow."""
+    assert decode(b"id: 1\nevent: ping\ndata: a\n\ndata: b\n\n") == [
+        ServerSentEvent(event="ping", data="a", id="1"),
+        ServerSentEvent(event="message", data="b", id="1"),
+    ]
+
+
+def test_client_4_last_event_line_wins():
+    """Of several event or id lines in a block the last one counts."""
+    stream = b"event: a\nid: 1\nevent: b\nid: 2\ndata: x\n\n"
+    assert decode(stream) == [ServerSentEvent(event="b", data="x", id="2")]
+
+
+@pytest.mark.parametrize("line", [b"id: a\0b", b"id:\0"], ids=repr)
+def test_client_5_id_with_nul_is_ignored(line):
+    """An id line with NUL leaves the last event id alone."""
+    assert decode(line + b"\ndata: x\n\n", last_event_id="7")[0].id == "7"
+
+
+@pytest.mark.parametrize("line", [b"id", b"id:", b"id: "], ids=repr)
+def test_client_5_empty_id_resets(line):
+    """An empty id resets the last event id."""
+    assert decode(line + b"\ndata: x\n\n", last_event_id="7")[0].id == ""
+
+
+def test_client_5_id_is_committed_at_the_blank_line():
+    """The id of a block that was cut off is not the last event id: that event never came."""
+    decoder = Decoder("before")
+    decoder.feed(b"id: 1\ndata: a\n\nid: 2\ndata: b\n")
+    assert decoder.last_event_id == "1"
+    decoder.feed(b"\n")
+    assert decoder.last_event_id == "2"
+
+
+@pytest.mark.parametrize(
+    ("value", "milliseconds"),
+    [
+        (b"0", 0),
+        (b"3000", 3000),
+        (b"000000000000000000000000003000", 3000),
+        (b"9" * 15, MAX_RETRY_MS),
+        (b"9" * 16, MAX_RETRY_MS),
+        (b"9" * 10_000, MAX_RETRY_MS),
+        (b"0" * 10_000, 0),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_client_6_retry(value, milliseconds):
+    """ASCII digits set the time at their line; a longer time than any is the longest."""
+    decoder = Decoder()
+    decoder.feed(b"retry: " + value + b"\n")
+    assert decoder.retry_ms == milliseconds
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"-5",
+        b"+1",
+        b"1.5",
+        b"abc",
+        b"",
+        b" 1",
+        b"1 ",
+        b"1e3",
+        b"1_0",
+        "\u0663".encode(),
+        "\u00b2".encode(),
+    ],
+    ids=repr,
+)
+def test_client_6_other_retry_is_ignored(value):
+    """A retry that is not ASCII digits only is ignored."""
+    decoder = Decoder()
+    decoder.feed(b"retry: 1\nretry: " + value + b"\n")
+    assert decoder.retry_ms == 1
+
+
+@pytest.mark.parametrize("rest", [b"data: b", b"data: b\n", b"data: b\r", b"id: 2\r\n"], ids=repr)
+def test_client_7_final_block_without_blank_line_is_discarded(rest):
+    """What was not ended was not received."""
+    assert data_of(b"data: a\n\n" + rest) == ["a"]
+
+
+# The standard's own examples
+
+STANDARD = {
+    "three-messages": (
+        b"data: This is the first message.\n\n"
+        b"data: This is the second message, it\ndata: has two lines.\n\n"
+        b"data: This is the third message.\n\n",
+        [
+            ("message", "This is the first message.", ""),
+            ("message", "This is the second message, it\nhas two lines.", ""),
+            ("message", "This is the third message.", ""),
+        ],
+    ),
+    "event-types": (
+        b"event: add\ndata: 73857293\n\nevent: remove\ndata: 2153\n\nevent: add\ndata: 113411\n\n",
+        [("add", "73857293", ""), ("remove", "2153", ""), ("add", "113411", "")],
+    ),
+    "stocks": (
+        b"data: YHOO\ndata: +2\ndata: 10\n\n",
+        [("message", "YHOO\n+2\n10", "")],
+    ),
+    "four-blocks": (
+        b": test stream\n\ndata: first event\nid: 1\n\n"
+        b"data:second event\nid\n\ndata:  third event\n",
+        [("message", "first event", "1"), ("message", "second event", "")],
+    ),
+    "four-blocks-ended": (
+        b": test stream\n\ndata: first event\nid: 1\n\n"
+        b"data:second event\nid\n\ndata:  third event\n\n",
+        [
+            ("message", "first event", "1"),
+            ("message", "second event", ""),
+            ("message", " third event", ""),
+        ],
+    ),
+    "empty-data": (b"data\n\ndata\ndata\n\ndata:", [("message", "", ""), ("message", "\n", "")]),
+    "optional-space": (
+        b"data:test\n\ndata: test\n\n",
+        [("message", "test", ""), ("message", "test", "")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("stream", "events"), STANDARD.values(), ids=STANDARD)
+def test_examples_of_the_standard(stream, events):
+    """The streams that the standard gives as examples mean what it says."""
+    expected = [ServerSentEvent(event=event, data=data, id=id_) for event, data, id_ in events]
+    assert decode(stream) == expected
+    assert decode_bytewise(stream) == expected
+
+
+# Properties
+
+PLAIN = st.characters(exclude_categories=["Cs"])
+ACTIONS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"),
+    min_size=1,
+    max_size=20,
+)
+VALUES = st.lists(
+    st.sampled_from(["\r", "\n", "\r\n", ":", " ", "data: ", "\ufeff"]) | st.text(PLAIN)
+)
+IDS = st.none() | st.text(
+    st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=30
+)
+CUTS = st.lists(st.integers(min_value=0, max_value=400))
+STREAMS = st.lists(
+    st.sampled_from(
+        (b"data", b"id", b"event", b"retry", b":", b" ", b"\r", b"\n", b"\r\n", b"\0", b"1", b"99")
+    )
+    | st.sampled_from((BOM, b"\xe2\x82", b"\xf0\x9f"))
+    | st.binary(max_size=8)
+).map(b"".join)
+
+
+def cut(stream, cuts):
+    """Cut a stream at these places."""
+    places = sorted({min(place, len(stream)) for place in cuts} | {0, len(stream)})
+    return [stream[start:end] for start, end in pairwise(places)]
+
+
+@settings(deadline=None)
+@given(events=st.lists(st.tuples(ACTIONS, VALUES, IDS), max_size=5), cuts=CUTS)
+@example(events=[("a", ["x\r"], "1"), ("\ufeff", ["", "\n"], None)], cuts=list(range(60)))
+def test_any_event_round_trips(events, cuts):
+    """What was published is what a client decodes, however the bytes were cut."""
+    stream, expected, last_id = KEEPALIVE, [], ""
+    for action, parts, event_id in events:
+        value = "".join(parts)
+        check_field("action", action, MAX_ACTION_LENGTH)
+        lines = StringEvent("token", action, value).value
+        stream += encode_event(action, "\n".join(lines).encode(), event_id) + KEEPALIVE
+        if event_id is not None:
+            assert len(event_id) <= MAX_ID_LENGTH
+            last_id = event_id
+        data = value.replace("\r\n", "\n").replace("\r", "\n")
+        expected.append(ServerSentEvent(event=action, data=data, id=last_id))
+    assert decode(*cut(stream, cuts)) == expected
+
+
+@settings(deadline=None, max_examples=300)
+@given(stream=STREAMS, cuts=CUTS)
+def test_chunking_never_changes_the_result(stream, cuts):
+    """Any bytes whatever decode without an error, to the same whole or cut anywhere."""
+    whole, pieces = Decoder(), Decoder()
+    events = whole.feed(stream)
+    assert [event for chunk in cut(stream, cuts) for event in pieces.feed(chunk)] == events
+    assert (pieces.last_event_id, pieces.retry_ms) == (whole.last_event_id, whole.retry_ms)
+    assert decode_bytewise(stream) == events
+
+
+@settings(deadline=None)
+@given(stream=STREAMS)
+def test_cut_off_stream_gives_a_prefix(stream):
+    """A stream that is cut off gives the first of its events, and none that was cut."""
+    events = decode(stream)
+    for length in range(len(stream)):
+        part = decode(stream[:length])
+        assert part == events[: len(part)]

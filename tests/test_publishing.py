@@ -1,0 +1,450 @@
+"""Publishing: from any code, if and only if the transaction commits."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from channels.layers import InMemoryChannelLayer, get_channel_layer
+from django.core.exceptions import ImproperlyConfigured, SynchronousOnlyOperation
+from django.db import connection, transaction
+from django.test import TestCase
+
+import django_eventsource
+from django_eventsource import apublish, publish, publishing
+from django_eventsource.events import Event, EventId, JSONIdEvent, StringEvent
+from django_eventsource.exceptions import DeliveryFailed, InvalidToken, UnknownAction
+from django_eventsource.history import get_history
+from django_eventsource.hub import get_hub
+from django_eventsource.layers import MESSAGE_TYPE
+from django_eventsource.models import PendingEvent, StoredEvent
+from django_eventsource.tokens import group_name
+from tests.histories import texts
+from tests.processes import run_python
+
+real_commits = pytest.mark.django_db(transaction=True)
+
+
+class SharedLayer:
+    """Stands for a layer that other processes hear; it can fail and hang when told."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, dict[str, Any]]] = []
+        self.error: BaseException | None = None
+        self.hang = False
+
+    async def group_send(self, group: str, message: dict[str, Any]) -> None:
+        if self.hang:
+            await asyncio.Event().wait()
+        if self.error is not None:
+            raise self.error
+        self.sent.append((group, message))
+
+
+@pytest.fixture
+def layer(settings) -> SharedLayer:
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_publishing.SharedLayer"}}
+    layer = get_channel_layer()
+    assert isinstance(layer, SharedLayer)
+    return layer
+
+
+def stored(token: str = "t") -> list[str]:
+    """What the history of the default database holds."""
+    rows = StoredEvent.objects.filter(head__token=token).order_by("seq")
+    return [row.text() for row in rows]
+
+
+# What is published
+
+
+def test_the_public_names() -> None:
+    """The package gives its two verbs."""
+    assert django_eventsource.__all__ == ["apublish", "publish"]
+
+
+@real_commits
+def test_publish_stores_and_sends(layer: SharedLayer) -> None:
+    """A durable event goes to the history, then its frame to the layer, and has its id."""
+    event = publish("t", "ping", "a\nb")
+    assert stored() == ["a\nb"]
+    ((group, message),) = layer.sent
+    assert group == group_name("t")
+    assert message == {
+        "type": MESSAGE_TYPE,
+        "group": group,
+        "seq": int(event.id),
+        "finish": False,
+        "frame": f"id: {event.id}\nevent: ping\ndata: a\ndata: b\n\n".encode(),
+    }
+
+
+def test_publish_live_only(layer: SharedLayer, memory_history: Any) -> None:
+    """A live-only event is sent and not stored."""
+    event = publish("t", "close", "bye", StringEvent)
+    assert event.id is None
+    ((_, message),) = layer.sent
+    assert (message["seq"], message["finish"]) == (None, True)
+    assert message["frame"] == b"event: close\ndata: bye\n\n"
+    assert memory_history.heads(["t"])[0] == {}
+
+
+def test_classes_may_be_mixed(layer: SharedLayer, memory_history: Any) -> None:
+    """Each event of a token keeps its own class's guarantee."""
+    one = publish("t", "ping", "1")
+    publish("t", "ping", "2", StringEvent)
+    three = publish("t", "ping", {"n": 3}, JSONIdEvent)
+    assert int(three.id) == int(one.id) + 1
+    assert texts(memory_history.read("t", int(one.id)).entries) == ['{"n": 3}']
+    assert [message["seq"] for _, message in layer.sent] == [int(one.id), None, int(three.id)]
+
+
+def test_an_own_id_is_the_one_that_is_sent(layer: SharedLayer, memory_history: Any) -> None:
+    """The returned event's computed id is the one that listeners get."""
+
+    class Counted(Event):
+        ACTIONS = ["ping"]
+        count = 0
+
+        @property
+        def id(self) -> str:
+            type(self).count += 1
+            return f"own-{self.count}"
+
+    event = publish("t", "ping", "x", Counted)
+    assert event.id == "own-1"
+    ((_, message),) = layer.sent
+    assert message["frame"].startswith(b"id: own-1\n")
+    assert memory_history.locate("t", "own-1").known
+
+
+def test_a_number_as_own_id(layer: SharedLayer, memory_history: Any) -> None:
+    """An id that is no text is sent as its text."""
+
+    class Numbered(Event):
+        ACTIONS = ["ping"]
+        id = 7
+
+    publish("t", "ping", "x", Numbered)
+    assert layer.sent[0][1]["frame"].startswith(b"id: 7\n")
+
+
+def test_default_value_is_empty(layer: SharedLayer, memory_history: Any) -> None:
+    """A value is not needed."""
+    publish("t", "close")
+    assert layer.sent[0][1]["frame"].endswith(b"event: close\ndata: \n\n")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("", "ping"), InvalidToken, "empty"),
+        (("x" * 256, "ping"), InvalidToken, "256 characters"),
+        ((5, "ping"), InvalidToken, "must be a string"),
+        (("t", "pong"), UnknownAction, "Unknown action 'pong': StringIdEvent allows ping"),
+        (("t", "reset"), UnknownAction, "Unknown action 'reset'"),
+        (("t", "retry", "-5"), ValueError, "ASCII digits"),
+        (("t", "ping", 5), ValueError, "must be a string"),
+        (("t", "ping", "{", JSONIdEvent), ValueError, "not JSON"),
+    ],
+)
+def test_bad_input_publishes_nothing(
+    layer: SharedLayer, memory_history: Any, arguments: Any, error: Any, message: str
+) -> None:
+    """What is wrong is said, and nothing was published."""
+    with pytest.raises(error, match=message):
+        publish(*arguments)
+    assert layer.sent == []
+    assert memory_history.heads(["t"])[0] == {}
+
+
+def test_a_class_that_lists_reset_is_refused(memory_history: Any) -> None:
+    """The reserved action is not for users."""
+
+    class Bad(EventId):
+        ACTIONS = ["reset"]
+
+    with pytest.raises(ImproperlyConfigured, match="reserved"):
+        publish("t", "reset", "", Bad)
+
+
+# Transactions
+
+
+@real_commits
+def test_a_commit_publishes(layer: SharedLayer) -> None:
+    """Inside a transaction the id is unknown and nothing is sent; after it both are there."""
+    with transaction.atomic():
+        event = publish("t", "ping", "a")
+        assert event.id is None
+        assert layer.sent == []
+    assert stored() == ["a"]
+    assert event.id == str(StoredEvent.objects.get().seq)
+    assert len(layer.sent) == 1
+
+
+@real_commits
+def test_a_rollback_publishes_nothing(layer: SharedLayer) -> None:
+    """Neither a durable nor a live-only event leaves a rolled back transaction."""
+    with pytest.raises(RuntimeError), transaction.atomic():
+        durable = publish("t", "ping", "a")
+        publish("t", "ping", "b", StringEvent)
+        raise RuntimeError
+    assert (stored(), layer.sent, durable.id) == ([], [], None)
+    assert not PendingEvent.objects.exists()
+
+
+@real_commits
+def test_a_rolled_back_savepoint_publishes_nothing(layer: SharedLayer) -> None:
+    """Of nested transactions only what commits is published, in order."""
+    with transaction.atomic():
+        publish("t", "ping", "a")
+        with pytest.raises(RuntimeError), transaction.atomic():
+            publish("t", "ping", "b")
+            raise RuntimeError
+        with transaction.atomic():
+            publish("t", "ping", "c")
+    assert stored() == ["a", "c"]
+    assert [message["seq"] is not None for _, message in layer.sent] == [True, True]
+
+
+@real_commits
+def test_a_memory_history_waits_for_the_commit(layer: SharedLayer, memory_history: Any) -> None:
+    """A history without transactions is appended to on commit."""
+    with pytest.raises(RuntimeError), transaction.atomic():
+        publish("t", "ping", "a")
+        raise RuntimeError
+    with transaction.atomic():
+        event = publish("t", "ping", "b")
+        assert memory_history.heads(["t"])[0] == {}
+    assert memory_history.heads(["t"])[0] == {"t": int(event.id)}
+
+
+@real_commits
+def test_a_live_only_event_waits_for_the_commit(layer: SharedLayer) -> None:
+    """It is sent after the commit, and a failure then reaches nobody's data."""
+    with transaction.atomic():
+        publish("t", "ping", "a", StringEvent)
+        assert layer.sent == []
+    assert len(layer.sent) == 1
+    layer.error = ConnectionError("down")
+    done = []
+    with transaction.atomic():
+        publish("t", "ping", "a", StringEvent)
+        transaction.on_commit(lambda: done.append(1))
+    assert done == [1]
+
+
+@real_commits
+def test_a_commit_is_published_even_if_the_process_dies_right_after_it() -> None:
+    """The outbox is part of the transaction; whoever looks next publishes."""
+    run_python(
+        """
+import os
+from django.db import transaction
+from django_eventsource import publish, publishing
+publishing._append = lambda *args: os._exit(0)
+with transaction.atomic():
+    publish("t", "ping", "a")
+raise SystemExit("it lived")
+"""
+    )
+    assert PendingEvent.objects.count() == 1
+    get_history().heads([])
+    assert stored() == ["a"]
+
+
+@real_commits
+def test_a_failure_after_the_commit_is_not_the_callers(
+    layer: SharedLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A history that fails after COMMIT neither raises nor stops other hooks, nor loses."""
+    done = []
+    history = get_history()
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "_settle", lambda *args, **kwargs: 1 / 0)
+        with transaction.atomic():
+            publish("t", "ping", "a")
+            transaction.on_commit(lambda: done.append(1))
+    assert done == [1]
+    assert stored() == []
+    history.heads([])
+    assert stored() == ["a"]
+
+
+@real_commits
+def test_an_event_that_was_settled_and_trimmed_meanwhile(layer: SharedLayer) -> None:
+    """If others were so fast that it is gone again, its publisher has nothing to send."""
+    history = get_history()
+    history.max_events = 1
+    with transaction.atomic():
+        event = publish("t", "ping", "a")
+        hook = connection.run_on_commit.pop()
+    history.heads([])
+    publish("t", "ping", "b")
+    publish("t", "ping", "c")
+    history.prune()
+    hook[1]()
+    assert event.id is None
+    assert len(layer.sent) == 2
+
+
+@real_commits
+def test_a_transaction_by_hand_is_refused(layer: SharedLayer) -> None:
+    """Where nobody can tell when the commit comes, nothing is published."""
+    publish("t", "ping", "before")
+    transaction.set_autocommit(False)
+    try:
+        for event_class in (None, StringEvent):
+            with pytest.raises(
+                transaction.TransactionManagementError, match=r"use transaction\.atomic"
+            ):
+                publish("t", "ping", "a", event_class)
+        with transaction.atomic():
+            publish("t", "ping", "b")
+        transaction.commit()
+    finally:
+        transaction.rollback()
+        transaction.set_autocommit(True)
+    get_history().heads([])
+    assert stored() == ["before", "b"]
+
+
+def test_a_database_without_autocommit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for a connection that is configured so and not open yet."""
+    connection.close()
+    monkeypatch.setitem(connection.settings_dict, "AUTOCOMMIT", False)
+    with pytest.raises(transaction.TransactionManagementError, match="autocommit is off"):
+        publish("t", "ping", "a")
+
+
+class InATestCase(TestCase):
+    """What users' tests see."""
+
+    def test_captured_hooks_publish(self) -> None:
+        """Under TestCase an event is published when its hooks are captured and run."""
+        with self.captureOnCommitCallbacks(execute=True):
+            event = publish("t", "ping", "a")
+            self.assertIsNone(event.id)
+        self.assertEqual(stored(), ["a"])
+        self.assertIsNotNone(event.id)
+
+
+# From any code
+
+
+@real_commits
+async def test_publish_from_async_code(layer: SharedLayer) -> None:
+    """apublish is awaited; publish says so where it would block the loop."""
+    event = await apublish("t", "ping", "a")
+    assert event.id
+    with pytest.raises(SynchronousOnlyOperation, match="await apublish"):
+        publish("t", "ping", "b")
+    assert await sync_to_async(stored)() == ["a"]
+    await sync_to_async(lambda: connection.close())()
+
+
+async def test_publish_in_a_notebook(
+    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With DJANGO_ALLOW_ASYNC_UNSAFE, as notebooks set it, publish works on a loop's thread."""
+    monkeypatch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "true")
+    publish("t", "ping", "a")
+    assert len(layer.sent) == 1
+
+
+@real_commits
+def test_publish_from_threads(layer: SharedLayer) -> None:
+    """Every thread can publish."""
+
+    def work() -> None:
+        publish("t", "ping", "a")
+        connection.close()
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({message["seq"] for _, message in layer.sent}) == 5
+
+
+@real_commits
+def test_publish_from_a_shell() -> None:
+    """A process without streams publishes too."""
+    out = run_python("from django_eventsource import publish\nprint(publish('t', 'ping', 'a').id)")
+    assert out.strip() == str(StoredEvent.objects.get().seq)
+
+
+async def test_publish_reaches_the_hubs_of_this_process(memory_history: Any, settings) -> None:
+    """Without a shared layer every hub of the process is told, from any thread."""
+    settings.CHANNEL_LAYERS = {}
+    hub = get_hub()
+    got: list[tuple[str, dict[str, Any]]] = []
+    hub.deliver = lambda *args: got.append(args)  # type: ignore[method-assign]
+    event = await apublish("t", "ping", "a")
+    assert [(group, message["seq"]) for group, message in got] == [
+        (group_name("t"), int(event.id))
+    ]
+
+
+async def test_publish_with_a_configured_in_memory_layer(memory_history: Any, settings) -> None:
+    """The in-memory layer is not thread-safe: it is used through the hubs only."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}
+    layer = get_channel_layer()
+    assert isinstance(layer, InMemoryChannelLayer)
+    await layer.group_add(group_name("t"), "a-channel")
+    await apublish("t", "ping", "a")
+    assert not layer.channels
+
+
+# A layer that fails
+
+
+def test_a_failing_layer_loses_no_durable_event(
+    layer: SharedLayer, memory_history: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is stored: listeners find it at the next head check. That is logged."""
+    layer.error = ConnectionError("down")
+    event = publish("t", "ping", "a")
+    assert memory_history.heads(["t"])[0] == {"t": int(event.id)}
+    assert "The channel layer failed" in caplog.text
+
+
+def test_a_failing_layer_is_told_for_a_live_only_event(
+    layer: SharedLayer, memory_history: Any
+) -> None:
+    """Nobody else has it: the publisher must know."""
+    layer.error = ConnectionError("down")
+    with pytest.raises(DeliveryFailed, match="live only"):
+        publish("t", "ping", "a", StringEvent)
+
+
+def test_a_hanging_layer_holds_nobody_up(
+    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publisher waits for the layer only so long."""
+    monkeypatch.setattr(publishing, "SEND_SECONDS", 0.01)
+    layer.hang = True
+    assert publish("t", "ping", "a").id
+    with pytest.raises(DeliveryFailed, match="TimeoutError"):
+        publish("t", "ping", "a", StringEvent)
+
+
+@real_commits
+def test_a_cancelled_publisher_keeps_its_commit(layer: SharedLayer) -> None:
+    """Cancellation while sending stops neither other hooks nor the code after the commit."""
+    layer.error = asyncio.CancelledError()
+    done = []
+    with transaction.atomic():
+        publish("t", "ping", "a")
+        publish("t", "ping", "b", StringEvent)
+        transaction.on_commit(lambda: done.append(1))
+    assert done == [1]
+    assert stored() == ["a"]

@@ -1,0 +1,526 @@
+"""Streams: opening, replay, live, ends, and what they let go of."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
+from django.db import connection
+
+from django_eventsource import streams as module
+from django_eventsource.feeds import Subscriber
+from django_eventsource.frames import KEEPALIVE, Decoder, ServerSentEvent
+from django_eventsource.history import History, Kind, Position, Slice, get_history
+from django_eventsource.hub import get_hub
+from django_eventsource.publishing import apublish
+from django_eventsource.streams import EventStream, EventStreamResponse, let_go, opening
+from tests.histories import add, draft
+
+pytestmark = pytest.mark.usefixtures("memory_history")
+
+SECONDS = 10
+
+
+@pytest.fixture
+def history(memory_history: History) -> History:
+    return memory_history
+
+
+@pytest.fixture(autouse=True)
+def quick(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings.EVENTSOURCE_POLL_SECONDS = 0.02
+    monkeypatch.setattr(module, "BACK_OFF_SECONDS", (0.01,))
+
+
+def open_stream(cursor: str | None = None, **options: Any) -> EventStream:
+    return EventStream("t", get_history().locate("t", cursor), asked=cursor, **options)
+
+
+class Reader:
+    """Reads a stream as a client would."""
+
+    def __init__(self, stream: EventStream) -> None:
+        self.stream = stream
+        self.decoder = Decoder()
+        self.events: list[ServerSentEvent] = []
+        self.ended = False
+
+    async def chunk(self) -> bytes:
+        async with asyncio.timeout(SECONDS):
+            try:
+                chunk = await self.stream.__anext__()
+            except StopAsyncIteration:
+                self.ended = True
+                return b""
+        self.events += self.decoder.feed(chunk)
+        return chunk
+
+    async def read(self, count: int) -> list[str]:
+        """Read until there are so many events; give all data so far."""
+        while len(self.events) < count and not self.ended:
+            await self.chunk()
+        return [event.data for event in self.events]
+
+    async def read_to_end(self) -> list[str]:
+        while not self.ended:
+            await self.chunk()
+        return [event.data for event in self.events]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the loop run until something holds."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def is_waiting() -> None:
+    """Let the loop run until the one stream there is waits for events."""
+    await until(lambda: get_hub()._feeds and get_hub()._feeds["t"].subscribers)
+    (subscriber,) = get_hub()._feeds["t"].subscribers
+    await until(lambda: subscriber._waiter)
+
+
+# Opening
+
+
+async def test_first_bytes_commit_the_cursor(history: History) -> None:
+    """A durable stream's first bytes come at once and name the place where it starts."""
+    (entry,) = add(history, "a")
+    reader = Reader(open_stream())
+    assert await reader.chunk() == f"id: {entry.seq}\n\n".encode()
+    assert reader.decoder.last_event_id == str(entry.seq)
+    assert reader.events == []
+    await reader.stream.aclose()
+
+
+def test_opening_with_a_retry(settings) -> None:
+    """The configured reconnection time comes first."""
+    settings.EVENTSOURCE_RETRY_MS = 700
+    position = Position(seq=5, cursor="5")
+    first = opening(position, asked=None, durable=True)
+    assert first == b"retry: 700\n\nid: 5\n\n"
+
+
+def test_opening_of_a_live_only_class() -> None:
+    """Without a cursor to commit a comment is sent; a cursor that was asked for is kept."""
+    position = Position(seq=5, cursor="5")
+    assert opening(position, asked=None, durable=False) == b": open\n"
+    assert opening(position, asked="5", durable=False) == b"id: 5\n\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason", "after"),
+    [
+        ("3", "expired", "3"),
+        ("3+", "expired", "3+"),
+        ("x:abc", "unknown", None),
+        (" ", "unknown", None),
+    ],
+)
+def test_opening_for_a_listener_whose_events_are_gone(
+    asked: str, reason: str, after: str | None
+) -> None:
+    """It begins with reset, which also moves the cursor."""
+    position = Position(seq=5, cursor="5+", known=False)
+    (event,) = Decoder().feed(opening(position, asked=asked, durable=True))
+    assert (event.event, event.id) == ("reset", "5+")
+    assert json.loads(event.data) == {"reason": reason, "after": after, "resume": "5+"}
+
+
+# Replay and live
+
+
+async def test_replay_then_live(history: History) -> None:
+    """A listener that was away gets what it missed, then what comes, once and in order."""
+    entries = add(history, *"abc")
+    reader = Reader(open_stream(str(entries[0].seq)))
+    assert await reader.read(2) == ["b", "c"]
+    await apublish("t", "ping", "d")
+    assert await reader.read(3) == ["b", "c", "d"]
+    await reader.stream.aclose()
+
+
+async def test_events_between_opening_and_subscribing(history: History) -> None:
+    """What is published after the view took the cursor and before the stream joined."""
+    stream = open_stream()
+    add(history, "a")
+    reader = Reader(stream)
+    await reader.chunk()
+    add(history, "b")
+    assert await reader.read(2) == ["a", "b"]
+    await stream.aclose()
+
+
+async def test_buffered_events_are_one_write(history: History) -> None:
+    """What waits is written together."""
+    reader = Reader(open_stream())
+    await reader.chunk()
+    waiting = asyncio.ensure_future(reader.chunk())
+    await is_waiting()
+    feed = get_hub()._feeds["t"]
+    for entry in add(history, *"abc"):
+        feed.receive(entry.seq, entry.frame(), entry.finishes)
+    await waiting
+    assert [event.data for event in reader.events] == ["a", "b", "c"]
+    await reader.stream.aclose()
+
+
+async def test_a_long_replay_is_read_in_parts(history: History, settings) -> None:
+    """A replay costs no more memory than the buffer's bound at a time."""
+    settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 100
+    (start,) = add(history, "start")
+    add(history, *["x" * 40 for _ in range(20)])
+    reader = Reader(open_stream(str(start.seq)))
+    await reader.chunk()
+    sizes = []
+    while len(reader.events) < 20:
+        sizes.append(len(await reader.chunk()))
+    assert max(sizes) < 300
+    assert len(sizes) >= 10
+    await reader.stream.aclose()
+
+
+async def test_a_stalled_reader_loses_nothing(history: History, settings) -> None:
+    """Whoever stops reading falls behind, costs little, and gets everything later."""
+    settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 2000
+    reader = Reader(open_stream())
+    await reader.chunk()
+    await apublish("t", "ping", "first")
+    await reader.read(1)
+    for n in range(300):
+        await apublish("t", "ping", str(n))
+    (subscriber,) = next(iter(get_hub()._feeds.values())).subscribers
+    assert subscriber._size <= 2000
+    assert await reader.read(301) == ["first", *map(str, range(300))]
+    await reader.stream.aclose()
+
+
+async def test_live_only_events_lost_by_a_stalled_reader_are_told(settings) -> None:
+    """A listener of live-only events that reads too slowly gets reset."""
+    settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 300
+    settings.EVENTSOURCE_EVENT_CLASS = "django_eventsource.events.StringEvent"
+    reader = Reader(open_stream(durable=False))
+    await reader.chunk()
+    waiting = asyncio.ensure_future(reader.read(1))
+    await until(lambda: get_hub()._feeds and get_hub()._feeds["t"].last is not None)
+    await apublish("t", "ping", "first")
+    await waiting
+    for n in range(100):
+        await apublish("t", "ping", f"{n:03}")
+    (subscriber,) = get_hub()._feeds["t"].subscribers
+    await until(lambda: subscriber._lost)
+    await reader.chunk()
+    assert reader.events[1].event == "reset"
+    await reader.stream.aclose()
+
+
+async def test_keepalive(settings) -> None:
+    """A silent stream writes a comment line."""
+    reader = Reader(open_stream(keepalive_seconds=0.05))
+    await reader.chunk()
+    assert await reader.chunk() == KEEPALIVE
+    await reader.stream.aclose()
+
+
+# Ends
+
+
+async def test_close_ends_the_stream(history: History) -> None:
+    """The close is delivered, then the stream ends and leaves nothing behind."""
+    reader = Reader(open_stream())
+    await reader.chunk()
+    await apublish("t", "ping", "a")
+    await reader.read(1)
+    await apublish("t", "close", "bye")
+    await apublish("t", "ping", "too late")
+    assert await reader.read_to_end() == ["a", "bye"]
+    assert reader.events[-1].event == "close"
+    assert not next(iter(get_hub()._feeds.values())).subscribers
+    await reader.chunk()
+    assert reader.ended
+
+
+async def test_replay_up_to_a_close(history: History) -> None:
+    """A listener from before a close gets the rest up to it, then the end."""
+    (start,) = add(history, "start")
+    add(history, "a")
+    history.append("t", [draft("bye", kind=Kind.FINISH)])
+    add(history, "anew")
+    assert await Reader(open_stream(str(start.seq))).read_to_end() == ["a", "bye"]
+
+
+async def test_a_live_only_close_ends_the_stream(settings) -> None:
+    """A close without an id ends the streams there are."""
+    settings.EVENTSOURCE_EVENT_CLASS = "django_eventsource.events.StringEvent"
+    reader = Reader(open_stream(durable=False))
+    await reader.chunk()
+    waiting = asyncio.ensure_future(reader.read_to_end())
+    await is_waiting()
+    await apublish("t", "close", "bye")
+    assert await waiting == ["bye"]
+
+
+async def test_a_stream_that_was_never_read_leaves_nothing() -> None:
+    """Nothing is subscribed before the second step; closing early is fine."""
+    stream = open_stream()
+    await stream.aclose()
+    await stream.aclose()
+    reader = Reader(stream)
+    assert await reader.chunk() == b""
+    assert reader.ended
+    early = open_stream()
+    await early.__anext__()
+    await early.aclose()
+    assert await Reader(early).read_to_end() == []
+    assert not get_hub()._feeds
+
+
+async def test_closing_wakes_who_waits() -> None:
+    """A stream closed from elsewhere ends at once."""
+    stream = open_stream()
+    await stream.__anext__()
+    waiting = asyncio.ensure_future(Reader(stream).read_to_end())
+    await is_waiting()
+    await stream.aclose()
+    assert await waiting == []
+
+
+async def test_cancellation_leaves_nothing() -> None:
+    """A listener that has gone is forgotten at once."""
+    stream = open_stream()
+    await stream.__anext__()
+    waiting = asyncio.ensure_future(stream.__anext__())
+    await is_waiting()
+    feed = next(iter(get_hub()._feeds.values()))
+    assert len(feed.subscribers) == 1
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not feed.subscribers
+
+
+async def test_a_dropped_stream_is_forgotten() -> None:
+    """Middleware may drop the iterator without closing it, from any thread."""
+    stream: EventStream | None = open_stream(keepalive_seconds=0.05)
+    assert stream is not None
+    await stream.__anext__()
+    await stream.__anext__()
+    feed = next(iter(get_hub()._feeds.values()))
+    holder = [stream]
+    stream = None
+    thread = threading.Thread(target=holder.clear)
+    thread.start()
+    thread.join()
+    gc.collect()
+    async with asyncio.timeout(SECONDS):
+        while feed.subscribers:
+            await asyncio.sleep(0)
+
+
+def test_a_stream_dropped_after_its_loop_is_no_error() -> None:
+    """Nor is one that was never made whole."""
+
+    async def start() -> EventStream:
+        stream = open_stream(keepalive_seconds=0.05)
+        await stream.__anext__()
+        await stream.__anext__()
+        return stream
+
+    stream = asyncio.run(start())
+    del stream
+    EventStream.__new__(EventStream).__del__()
+
+
+# Failures
+
+
+async def test_an_error_ends_the_stream_cleanly(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception never escapes into the server; the listener comes back."""
+    reader = Reader(open_stream())
+    await reader.chunk()
+    monkeypatch.setattr(Subscriber, "take_loss", lambda self: 1 / 0)
+    await reader.chunk()
+    assert reader.ended
+    assert "failed and is ended" in caplog.text
+    assert not next(iter(get_hub()._feeds.values())).subscribers
+
+
+async def test_a_history_that_fails_ends_no_stream(
+    history: History, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading is tried again; meanwhile keepalives and live-only events arrive."""
+    (start,) = add(history, "start")
+    stream = open_stream(str(start.seq), keepalive_seconds=0.05)
+    real = history.read
+    monkeypatch.setattr(history, "read", lambda *args, **kwargs: 1 / 0)
+    reader = Reader(stream)
+    await reader.chunk()
+    assert await reader.chunk() == KEEPALIVE
+    add(history, "a")
+    monkeypatch.setattr(history, "read", real)
+    assert await reader.read(1) == ["a"]
+    assert "Reading the history of 't' failed" in caplog.text
+    await stream.aclose()
+
+
+async def test_a_live_only_close_waits_for_the_history(
+    history: History, monkeypatch: pytest.MonkeyPatch, settings
+) -> None:
+    """Events that are still to be read come before a close that needs no history."""
+    settings.EVENTSOURCE_EVENT_CLASS = "django_eventsource.events.StringEvent"
+    (start,) = add(history, "start")
+    add(history, "a")
+    stream = open_stream(str(start.seq))
+    real = history.read
+    tries = []
+
+    def fail(*args: Any, **kwargs: Any) -> Slice:
+        tries.append(1)
+        raise ConnectionError
+
+    monkeypatch.setattr(history, "read", fail)
+    reader = Reader(stream)
+    await reader.chunk()
+    waiting = asyncio.ensure_future(reader.read_to_end())
+    async with asyncio.timeout(SECONDS):
+        while not tries:
+            await asyncio.sleep(0)
+        await apublish("t", "close", "bye")
+        before = len(tries)
+        while len(tries) < before + 3:
+            await asyncio.sleep(0.001)
+    monkeypatch.setattr(history, "read", real)
+    assert await waiting == ["a", "bye"]
+
+
+async def test_a_history_that_lags_is_asked_again(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the layer brought more than the history shows, reading pauses and goes on."""
+    monkeypatch.setattr(module, "STALE_SECONDS", 0.001)
+    (start,) = add(history, "start")
+    first, second = Reader(open_stream()), Reader(open_stream(str(start.seq)))
+    await first.chunk()
+    await second.chunk()
+    await apublish("t", "ping", "a")
+    assert await first.read(1) == ["a"]
+    real = history.read
+    stale = [1, 2, 3]
+
+    def lag(token: str, after: int, **kwargs: Any) -> Slice:
+        if stale:
+            stale.pop()
+            return Slice(complete=True, last=after)
+        return real(token, after, **kwargs)
+
+    monkeypatch.setattr(history, "read", lag)
+    assert await second.read(1) == ["a"]
+    assert not stale
+    await first.stream.aclose()
+    await second.stream.aclose()
+
+
+# The response
+
+
+async def test_response_headers() -> None:
+    """What the standard and proxies ask for."""
+    response = EventStreamResponse(open_stream())
+    assert response.status_code == 200
+    assert response["Content-Type"] == "text/event-stream"
+    assert response["Cache-Control"] == "no-store, no-transform"
+    assert response["X-Accel-Buffering"] == "no"
+    assert not response.has_header("Content-Length")
+
+
+async def test_response_gives_its_own_iterator() -> None:
+    """Django's generators are skipped as long as no middleware has wrapped the stream."""
+    stream = open_stream()
+    response = EventStreamResponse(stream)
+    assert response.__aiter__() is stream
+
+    async def wrapped(inner: Any) -> Any:
+        async for chunk in inner:
+            yield chunk.upper()
+
+    response.streaming_content = wrapped(response.streaming_content)
+    chunks = response.__aiter__()
+    assert (
+        await anext(chunks)
+        == opening(get_history().locate("t", None), asked=None, durable=True).upper()
+    )
+    await chunks.aclose()
+
+
+# Letting go
+
+
+async def test_thread_of_the_request_is_let_go() -> None:
+    """The executor that a request's context holds is ended."""
+    async with ThreadSensitiveContext():
+        await sync_to_async(lambda: None)()
+        context = SyncToAsync.thread_sensitive_context.get()
+        executor = SyncToAsync.context_to_thread_executor[context]
+        (thread,) = executor._threads
+        await let_go()
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+        assert await sync_to_async(lambda: 5)() == 5
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_connection_of_the_request_is_let_go() -> None:
+    """The database connections of the request's thread are closed."""
+    async with ThreadSensitiveContext():
+        closed = []
+
+        def use() -> None:
+            connection.ensure_connection()
+            real = connection.connection
+            closed.append(lambda: real)
+
+        await sync_to_async(use)()
+        raw = closed[0]()
+        await let_go()
+        with pytest.raises(Exception, match="closed"):
+            raw.execute("SELECT 1")
+
+
+@pytest.mark.django_db
+def test_connection_in_a_transaction_is_kept() -> None:
+    """A test case's transaction survives a stream."""
+    connection.ensure_connection()
+    module._close_connections()
+    assert connection.connection is not None
+
+
+async def test_nothing_to_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a request's context, or with another asgiref, nothing is touched."""
+    await let_go()
+    async with ThreadSensitiveContext():
+        with monkeypatch.context() as patch:
+            patch.delattr(SyncToAsync, "context_to_thread_executor")
+            await let_go()
+
+
+async def test_an_executor_that_has_gone_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context whose executor somebody else has ended is no trouble."""
+    monkeypatch.setattr(module, "_close_connections", lambda: None)
+
+    class Gone(dict[Any, Any]):
+        def pop(self, *args: Any) -> None:
+            return None
+
+    async with ThreadSensitiveContext():
+        monkeypatch.setattr(SyncToAsync, "context_to_thread_executor", Gone())
+        await let_go()
+        SyncToAsync.context_to_thread_executor.clear()

@@ -1,0 +1,86 @@
+"""Tests of the template tags."""
+
+from __future__ import annotations
+
+from html import unescape
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from django.template import Context, Template
+from django.test import AsyncClient
+
+from django_eventsource import grants
+from django_eventsource.exceptions import InvalidToken
+from django_eventsource.grants import read_grant
+
+TOKENS = ["42:42:42", "a/b c?d#e&f%2F", "ünï😀", "<b>'\""]
+
+
+def render(arguments, **context):
+    """Render the tag in a page, and read the page as a browser does."""
+    template = Template("{% load eventsource %}{% eventsource_url " + arguments + " %}")
+    return unescape(template.render(Context(context)))
+
+
+def grant_of(url):
+    (text,) = parse_qs(urlsplit(url).query)["grant"]
+    return read_grant(text)
+
+
+@pytest.mark.parametrize("token", TOKENS, ids=ascii)
+def test_url_to_listen(token):
+    """The tag gives the URL of the token's stream, with a grant to listen to it alone."""
+    url = render("token", token=token)
+    assert unquote(urlsplit(url).path) == f"/events/poll/{token}"
+    grant = grant_of(url)
+    assert (grant.token, grant.listen, grant.send) == (token, True, False)
+
+
+def test_url_to_send():
+    """With an action it is the URL of a POST, with a grant to send."""
+    url = render("'42' 'ping'")
+    assert urlsplit(url).path == "/events/ping/42"
+    grant = grant_of(url)
+    assert (grant.token, grant.listen, grant.send) == ("42", False, True)
+
+
+def test_listen_action_by_name():
+    """The Event class's own LISTEN, given by name, is the stream's URL too."""
+    url = render("'42' 'poll'")
+    assert urlsplit(url).path == "/events/poll/42"
+    assert (grant_of(url).listen, grant_of(url).send) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds"), [("'42'", 500), ("'42' seconds=60", 60), ("'42' None 60", 60)]
+)
+def test_lifetime(settings, monkeypatch, arguments, seconds):
+    """The grant lives as long as the setting says, or the tag."""
+    settings.EVENTSOURCE_GRANT_SECONDS = 500
+    monkeypatch.setattr(grants.time, "time", lambda: 1_800_000_000)
+    assert grant_of(render(arguments)).expires == 1_800_000_000 + seconds
+
+
+def test_url_in_an_attribute_is_escaped():
+    """A token cannot break out of the attribute or script that its URL stands in."""
+    template = Template('{% load eventsource %}<a href="{% eventsource_url token %}">')
+    page = template.render(Context({"token": "\"><script>'"}))
+    assert page.count('"') == 2
+    assert "'" not in page
+    assert "<script" not in page
+
+
+def test_bad_token_is_told():
+    """A page that asks for an impossible token fails where its author sees it."""
+    with pytest.raises(InvalidToken):
+        render("token", token="")
+
+
+@pytest.mark.parametrize("token", [token for token in TOKENS if token.isascii()])
+async def test_url_opens_what_it_is_for(memory_history, token):
+    """The view answers both URLs, as they are, to somebody it does not know."""
+    client = AsyncClient()
+    assert (await client.head(render("token", token=token))).status_code == 200
+    url = render("token 'ping'", token=token)
+    assert (await client.post(url, data="42", content_type="text/plain")).status_code == 200
+    assert (await client.head(url.replace("/ping/", "/poll/"))).status_code == 403
