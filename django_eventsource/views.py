@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connections, transaction
@@ -69,8 +70,8 @@ class EventSourceView(View):
         # An async view cannot run in ATOMIC_REQUESTS' transaction.
         for alias in connections:
             view = transaction.non_atomic_requests(alias)(view)
-        # The policy checks CSRF where a session is what authorizes.
-        return csrf_exempt(view)
+        # The policy decides who may, and checks CSRF where a session is what authorizes.
+        return csrf_exempt(login_not_required(view))
 
     async def dispatch(  # type: ignore[override]
         self, request: HttpRequest, action: str = "", token: str = "", **kwargs: Any

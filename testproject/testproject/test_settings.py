@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from .settings import *  # noqa: F403
-from .settings import DATABASES
+from .settings import DATABASES, INSTALLED_APPS
 
 # Server processes that a test starts find the same databases through these variables.
 TEST_DIR = Path(
@@ -17,6 +17,13 @@ os.environ.setdefault("XDG_RUNTIME_DIR", str(TEST_DIR))
 TEST_DATABASE = os.environ.get("EVENTSOURCE_TEST_DATABASE", "")
 
 SECRET_KEY = "tests"
+# So that the tests can put every middleware there is around a stream.
+INSTALLED_APPS += [
+    "django.contrib.sites",
+    "django.contrib.flatpages",
+    "django.contrib.redirects",
+]
+SITE_ID = 1
 DEBUG = False
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 

@@ -1,0 +1,653 @@
+"""The view: what each request is answered, and what middleware does to a stream."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import gzip
+from pathlib import Path
+from typing import Any
+
+import django
+import pytest
+from asgiref.sync import async_to_sync
+from django.conf import settings as django_settings
+from django.contrib.auth.models import Permission, User
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied
+from django.db import connections
+from django.http import HttpRequest, StreamingHttpResponse
+from django.middleware.csrf import get_token
+from django.test import AsyncClient, AsyncRequestFactory, Client, RequestFactory, override_settings
+from django.urls import include, path
+
+from django_eventsource.events import Event, JSONIdEvent, StringEvent, StringIdEvent
+from django_eventsource.exceptions import DeliveryFailed, NotAuthenticated
+from django_eventsource.frames import Decoder
+from django_eventsource.grants import make_grant
+from django_eventsource.history import Kind, get_history
+from django_eventsource.policies import AllowAny
+from django_eventsource.views import EventSourceView, last_event_id
+from tests.histories import add, draft, texts
+
+pytestmark = pytest.mark.usefixtures("memory_history", "allow_any")
+
+SECONDS = 10
+
+
+class Reasoned(AllowAny):
+    async def can_listen(self, request: HttpRequest, token: str) -> bool:
+        raise PermissionDenied("not on Sundays")
+
+    async def can_send(self, request: HttpRequest, token: str, action: str) -> bool:
+        raise NotAuthenticated("who are you?")
+
+
+class Never(AllowAny):
+    async def can_listen(self, request: HttpRequest, token: str) -> bool:
+        return False
+
+    async def can_send(self, request: HttpRequest, token: str, action: str) -> bool:
+        raise PermissionDenied
+
+
+class ListenAndSend(StringEvent):
+    LISTEN = "talk"
+    ACTIONS = ["talk"]
+
+
+urlpatterns = [
+    path("events/", include("django_eventsource.urls")),
+    path("json/<action>/<token>", EventSourceView.as_view(event_class=JSONIdEvent)),
+    path(
+        "live/<action>/<token>",
+        EventSourceView.as_view(event_class=StringEvent, keepalive_seconds=None),
+    ),
+    path("both/<action>/<token>", EventSourceView.as_view(event_class=ListenAndSend)),
+    path("reasoned/<action>/<token>", EventSourceView.as_view(policy=Reasoned)),
+    path("never/<action>/<token>", EventSourceView.as_view(policy=Never)),
+    path("quick/<action>/<token>", EventSourceView.as_view(keepalive_seconds=0.02)),
+]
+
+
+@pytest.fixture
+def allow_any(settings) -> None:
+    settings.EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
+    settings.ROOT_URLCONF = __name__
+    settings.EVENTSOURCE_POLL_SECONDS = 0.02
+
+
+@pytest.fixture
+def client() -> AsyncClient:
+    return AsyncClient()
+
+
+async def start(response: Any, count: int = 1) -> bytes:
+    """Read the first chunks of a stream, then leave."""
+    assert response.status_code == 200, response.content
+    stream = aiter(response)
+    chunks = b""
+    async with asyncio.timeout(SECONDS):
+        for _ in range(count):
+            chunks += await anext(stream)
+    await stream.aclose()
+    return chunks
+
+
+def send(client: AsyncClient, url: str, body: bytes | str = b"", **extra: Any) -> Any:
+    return client.post(url, body, content_type=extra.pop("content_type", "text/plain"), **extra)
+
+
+# Listening
+
+
+async def test_get_opens_a_stream(client: AsyncClient) -> None:
+    """GET of the LISTEN action streams, with its first bytes at once."""
+    (entry,) = add(get_history(), "a", token="42:42")
+    response = await client.get("/events/poll/42:42")
+    assert response["Content-Type"] == "text/event-stream"
+    assert response["Cache-Control"] == "no-store, no-transform"
+    assert await start(response) == f"id: {entry.seq}\n\n".encode()
+
+
+async def test_get_resumes_after_the_last_event_id(client: AsyncClient) -> None:
+    """The header brings what was missed; it wins over the query."""
+    entries = add(get_history(), *"abc")
+    for url, headers in [
+        ("/events/poll/t", {"Last-Event-ID": str(entries[1].seq)}),
+        (f"/events/poll/t?last_event_id={entries[1].seq}", {}),
+        ("/events/poll/t?last_event_id=1", {"Last-Event-ID": str(entries[1].seq)}),
+    ]:
+        body = await start(await client.get(url, headers=headers), 2)
+        assert [event.data for event in Decoder().feed(body)] == ["c"]
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    [
+        "1",
+        "x:abc",
+        "9" * 18,
+        "9" * 30,
+        "x" * 10_000,
+        "a b",
+        "é",
+        b"\xff\xfe".decode("latin-1"),
+        "€".encode().decode("latin-1"),
+        "\x00",
+    ],
+    ids=[
+        "expired",
+        "unknown",
+        "future",
+        "huge",
+        "10 kB",
+        "space",
+        "latin-1",
+        "bytes",
+        "utf-8",
+        "nul",
+    ],
+)
+async def test_an_absurd_last_event_id_gets_reset(client: AsyncClient, cursor: str) -> None:
+    """200, reset first, then live."""
+    (entry,) = add(get_history(), "old")
+    response = await client.get("/events/poll/t", headers={"Last-Event-ID": cursor})
+    stream = aiter(response)
+    (event,) = Decoder().feed(await anext(stream))
+    assert (event.event, event.id) == ("reset", str(entry.seq))
+    add(get_history(), "new")
+    (event,) = Decoder().feed(await anext(stream))
+    assert event.data == "new"
+    await stream.aclose()
+
+
+def test_the_query_is_as_untrusted_as_the_header() -> None:
+    """What is no id stands for none that exists; nothing at all is a fresh listener."""
+    factory = RequestFactory()
+    assert last_event_id(factory.get("/")) is None
+    assert last_event_id(factory.get("/", {"last_event_id": ""})) is None
+    assert last_event_id(factory.get("/", {"last_event_id": "a\nb"})) == " "
+    assert last_event_id(factory.get("/", {"last_event_id": "x" * 256})) == " "
+    assert last_event_id(factory.get("/", {"last_event_id": "x" * 255})) == "x" * 255
+
+
+async def test_a_closed_token_stops_who_has_seen_it(client: AsyncClient) -> None:
+    """204 at the close; a fresh listener opens the token anew and resumes there."""
+    history = get_history()
+    (start_entry,) = add(history, "a")
+    (close,) = history.append("t", [draft("bye", kind=Kind.FINISH)])
+    response = await client.get("/events/poll/t", headers={"Last-Event-ID": str(close.seq)})
+    assert (response.status_code, response.content) == (204, b"")
+    before = await client.get("/events/poll/t", headers={"Last-Event-ID": str(start_entry.seq)})
+    chunks = [chunk async for chunk in before]
+    assert [event.data for event in Decoder().feed(b"".join(chunks))] == ["bye"]
+    fresh = await start(await client.get("/events/poll/t"))
+    assert fresh == f"id: {close.seq}+\n\n".encode()
+    again = await client.get("/events/poll/t", headers={"Last-Event-ID": f"{close.seq}+"})
+    assert await start(again) == fresh
+
+
+async def test_a_history_that_cannot_be_read(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The listener is asked to come back: any other status would make it give up."""
+    monkeypatch.setattr(get_history(), "locate", lambda *args: 1 / 0)
+    response = await client.get("/events/poll/t")
+    assert response.status_code == 200
+    assert response["Content-Type"] == "text/event-stream"
+    decoder = Decoder()
+    assert decoder.feed(response.content) == []
+    assert decoder.retry_ms is not None
+    assert 2_000 <= decoder.retry_ms <= 10_000
+    assert "cannot be read" in caplog.text
+
+
+async def test_head_gives_headers_only(client: AsyncClient) -> None:
+    """HEAD never opens a stream."""
+    response = await client.head("/events/poll/t")
+    assert (response.status_code, response.content) == (200, b"")
+    assert response["Content-Type"] == "text/event-stream"
+    assert not response.streaming
+
+
+async def test_url_options(client: AsyncClient) -> None:
+    """A URL can have an Event class, a keepalive time and a policy of its own."""
+    assert await start(await client.get("/live/poll/t")) == b": open\n"
+    assert b": keepalive\n" in await start(await client.get("/quick/poll/t"), 2)
+    response = await client.get("/reasoned/poll/t")
+    assert (response.status_code, response.content) == (403, b"not on Sundays\n")
+
+
+@pytest.mark.parametrize("seconds", [0, -1, "5"])
+def test_a_bad_keepalive_is_told_when_the_view_is_made(seconds: object) -> None:
+    """0 is an error, not a way to spin."""
+    with pytest.raises(ImproperlyConfigured, match="keepalive_seconds must be a positive number"):
+        EventSourceView.as_view(keepalive_seconds=seconds)
+
+
+def test_a_bad_event_class_is_told_when_the_view_is_made() -> None:
+    """The reserved action is refused."""
+
+    class Bad(Event):
+        ACTIONS = ["reset"]
+
+    with pytest.raises(ImproperlyConfigured, match="reserved"):
+        EventSourceView.as_view(event_class=Bad)
+
+
+# Sending
+
+
+async def test_post_publishes(client: AsyncClient) -> None:
+    """The body is the value; the answer is the id, and what the class expects."""
+    response = await send(client, "/events/ping/a/b%20c", "grüße\nzwei")
+    assert response.status_code == 200
+    assert response["Accept"] == "text/plain"
+    event_id = response.json()["id"]
+    (entry,) = get_history().read("a/b c", int(event_id) - 1).entries
+    assert entry.draft.data == "grüße\nzwei".encode()
+
+
+async def test_post_of_a_live_only_class(client: AsyncClient) -> None:
+    """There is no id to give."""
+    response = await send(client, "/live/ping/t", "x")
+    assert response.json() == {"id": None}
+
+
+async def test_post_of_json(client: AsyncClient) -> None:
+    """A JSON class announces its media type."""
+    response = await send(client, "/json/ping/t", '{"a": [1]}')
+    assert response["Accept"] == "application/json"
+    assert (await send(client, "/json/close/t")).status_code == 200
+
+
+async def test_a_published_event_reaches_a_listener(client: AsyncClient) -> None:
+    """GET and POST meet on the token."""
+    response = await client.get("/events/poll/t")
+    stream = aiter(response)
+    await anext(stream)
+    posted = await send(client, "/events/ping/t", "hello")
+    (event,) = Decoder().feed(await anext(stream))
+    assert (event.event, event.data, event.id) == ("ping", "hello", posted.json()["id"])
+    await stream.aclose()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "status", "answer"),
+    [
+        ("/json/ping/t", "{", 400, "The value is not JSON"),
+        ("/json/ping/t", "", 400, "The value is not JSON"),
+        ("/json/ping/t", "NaN", 400, "The value is not JSON"),
+        ("/events/retry/t", "-5", 400, "must be ASCII digits"),
+        ("/events/ping/t", b"ab\xff", 400, "The body is not UTF-8: byte 0xff at 2."),
+        ("/events/ping/", "x", 400, "The token is empty"),
+        (f"/events/ping/{'x' * 256}", "x", 400, "256 characters long; at most 255"),
+        ("/events/ping/a%00b", "x", 400, "holds NUL"),
+        ("/events/pong/t", "x", 404, "'pong': StringIdEvent allows poll, ping, retry, close."),
+        ("/live/retry/t", "5", 404, "StringEvent allows poll, ping, close."),
+        ("/events/poll/t", "x", 405, "This URL answers GET, HEAD, OPTIONS."),
+        ("/events/ping/t", "x" * 1001, 413, "at most 1000 bytes"),
+    ],
+)
+async def test_bad_posts(
+    client: AsyncClient, settings, url: str, body: bytes | str, status: int, answer: str
+) -> None:
+    """Each is answered with one clear line, and nothing is published."""
+    settings.EVENTSOURCE_MAX_EVENT_BYTES = 1000
+    response = await send(client, url, body)
+    assert response.status_code == status
+    assert answer in response.content.decode()
+    assert response.content.count(b"\n") == 1
+    assert response["Content-Type"] == "text/plain; charset=utf-8"
+    assert get_history().heads(["t"])[0] == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "answer"),
+    [
+        ("/events/pong/t", 404, "'pong': StringIdEvent allows poll, ping, retry, close."),
+        ("/events/ping/t", 405, "This URL answers POST, OPTIONS."),
+        ("/events/poll/", 400, "The token is empty"),
+        (f"/events/poll/{'x' * 256}", 400, "at most 255"),
+        ("/never/poll/t", 401, "Authentication is required."),
+    ],
+)
+async def test_bad_gets(client: AsyncClient, url: str, status: int, answer: str) -> None:
+    """The same for listening."""
+    response = await client.get(url)
+    assert response.status_code == status
+    assert answer in response.content.decode()
+
+
+async def test_token_that_is_no_utf8() -> None:
+    """Servers decode paths leniently; what they leave of bad bytes is refused."""
+    view = EventSourceView.as_view()
+    request = AsyncRequestFactory().get("/")
+    response = await view(request, action="poll", token="a\ufffdb")
+    assert (response.status_code, b"not valid UTF-8" in response.content) == (400, True)
+
+
+@pytest.mark.parametrize("method", ["put", "patch", "delete", "trace"])
+async def test_wrong_methods(client: AsyncClient, method: str) -> None:
+    """405 with Allow."""
+    response = await getattr(client, method)("/events/ping/t")
+    assert (response.status_code, response["Allow"]) == (405, "POST, OPTIONS")
+
+
+async def test_options_opens_nothing(client: AsyncClient) -> None:
+    """OPTIONS names the methods of the URL."""
+    for url, allowed in [
+        ("/events/poll/t", "GET, HEAD, OPTIONS"),
+        ("/events/close/t", "POST, OPTIONS"),
+        ("/both/talk/t", "GET, HEAD, POST, OPTIONS"),
+    ]:
+        response = await client.options(url)
+        assert (response.status_code, response.content) == (200, b"")
+        assert response["Allow"] == allowed
+    assert (await client.options("/events/pong/t")).status_code == 404
+
+
+async def test_a_body_over_the_limit_is_not_read(
+    settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A declared length is believed; an undeclared one is read up to the limit."""
+    settings.EVENTSOURCE_MAX_EVENT_BYTES = 10
+    view = EventSourceView.as_view()
+    asked: list[int] = []
+
+    def post(**headers: Any) -> HttpRequest:
+        request = AsyncRequestFactory().post("/", b"x" * 50, content_type="text/plain")
+        request.META.update(headers)
+        real = request._stream.read
+        request._stream.read = lambda size: asked.append(size) or real(size)
+        return request
+
+    assert (await view(post(), action="ping", token="t")).status_code == 413
+    assert asked == []
+    for length in ("", "abc", "5,5"):
+        request = post(CONTENT_LENGTH=length)
+        assert (await view(request, action="ping", token="t")).status_code == 413
+    assert asked == [11, 11, 11]
+
+
+async def test_a_failing_layer_for_a_live_only_event(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sender is told that nobody got it."""
+
+    async def fail(*args: Any) -> None:
+        raise DeliveryFailed("down")
+
+    monkeypatch.setattr("django_eventsource.views.apublish", fail)
+    response = await send(client, "/live/ping/t", "x")
+    assert response.status_code == 503
+    assert b"was not sent" in response.content
+
+
+async def test_a_value_error_of_the_event_class_is_shown(client: AsyncClient) -> None:
+    """What a class refuses is told in its own words."""
+
+    class Picky(StringEvent):
+        def set_value(self, value: Any) -> None:
+            b"\xff".decode()
+
+    view = EventSourceView.as_view(event_class=Picky)
+    request = AsyncRequestFactory().post("/", b"x", content_type="text/plain")
+    response = await view(request, action="ping", token="t")
+    assert response.status_code == 400
+    assert b"invalid start byte" in response.content
+
+
+# WSGI
+
+
+def test_wsgi_is_told_clearly() -> None:
+    """Under WSGI a stream is a clear 500 page, not a hanging request."""
+    response = Client(raise_request_exception=False).get("/events/poll/t")
+    assert response.status_code == 500
+    assert b"need an ASGI server" in response.content
+
+
+def test_wsgi_can_send() -> None:
+    """Publishing needs no stream."""
+    response = Client().post("/events/ping/t", "x", content_type="text/plain")
+    assert response.status_code == 200
+    assert texts(get_history().read("t", int(response.json()["id"]) - 1).entries) == ["x"]
+
+
+# Permission
+
+
+async def test_closed_by_default(client: AsyncClient, settings) -> None:
+    """Without credentials nobody listens or sends."""
+    del settings.EVENTSOURCE_POLICY
+    for response in [
+        await client.get("/events/poll/t"),
+        await client.head("/events/poll/t"),
+        await send(client, "/events/ping/t", "x"),
+    ]:
+        assert response.status_code == 401
+        assert response["WWW-Authenticate"].startswith("Bearer ")
+        assert not response.streaming
+
+
+async def test_a_grant_opens(client: AsyncClient, settings) -> None:
+    """A grant gives its right on its token, and no other."""
+    del settings.EVENTSOURCE_POLICY
+    listen = {"Authorization": f"Bearer {make_grant('t', listen=True)}"}
+    assert await start(await client.get("/events/poll/t", headers=listen))
+    assert (await client.get("/events/poll/other", headers=listen)).status_code == 403
+    assert (await send(client, "/events/ping/t", "x", headers=listen)).status_code == 403
+    grant = make_grant("t", send=True)
+    assert (await send(client, f"/events/ping/t?grant={grant}", "x")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "status", "answer"),
+    [
+        ("post", "/reasoned/ping/t", 401, "who are you?\n"),
+        ("get", "/reasoned/poll/t", 403, "not on Sundays\n"),
+        ("post", "/never/ping/t", 403, "Permission denied.\n"),
+    ],
+)
+async def test_a_policys_reasons_are_told(
+    client: AsyncClient, method: str, url: str, status: int, answer: str
+) -> None:
+    """What the policy raises is the answer."""
+    response = await getattr(client, method)(url)
+    assert (response.status_code, response.content.decode()) == (status, answer)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_refused_user_gets_403() -> None:
+    """A policy's False is 403 for somebody who is logged in."""
+    user = User.objects.create_user("ada")
+    client = AsyncClient()
+    client.force_login(user)
+    response = async_to_sync(client.get)("/never/poll/t")
+    assert response.status_code == 403
+
+
+async def test_a_refused_request_without_users(settings, client: AsyncClient) -> None:
+    """Without AuthenticationMiddleware a refusal is 401."""
+    settings.MIDDLEWARE = []
+    assert (await client.get("/never/poll/t")).status_code == 401
+
+
+def user_client() -> AsyncClient:
+    user = User.objects.create_user("ada")
+    user.user_permissions.add(Permission.objects.get(codename="send_event"))
+    client = AsyncClient(enforce_csrf_checks=True)
+    client.force_login(user)
+    return client
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("text/plain", b"hello"),
+        ("application/x-www-form-urlencoded", b"a=1&b=2"),
+        (
+            "multipart/form-data; boundary=xx",
+            b'--xx\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n--xx--\r\n',
+        ),
+    ],
+    ids=["text", "form", "multipart"],
+)
+def test_a_session_sends_whatever_its_type(settings, content_type: str, body: bytes) -> None:
+    """The CSRF check may parse the body; what is published is the body still."""
+    del settings.EVENTSOURCE_POLICY
+    client = user_client()
+    request = RequestFactory().get("/")
+    csrf = get_token(request)
+    client.cookies[django_settings.CSRF_COOKIE_NAME] = request.META["CSRF_COOKIE"]
+
+    def post(**headers: str) -> Any:
+        return async_to_sync(client.post)(
+            "/events/ping/t", body, content_type=content_type, headers=headers
+        )
+
+    assert post().status_code == 403
+    response = post(**{"X-CSRFToken": csrf})
+    assert response.status_code == 200
+    event_id = int(response.json()["id"])
+    assert get_history().read("t", event_id - 1).entries[0].draft.data == body.replace(
+        b"\r\n", b"\n"
+    )
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])
+def test_a_large_session_post_is_413(settings, content_type: str) -> None:
+    """Whatever Django's own limits say, ours is told as 413."""
+    del settings.EVENTSOURCE_POLICY
+    client = user_client()
+    response = async_to_sync(client.post)(
+        "/events/ping/t", b"x" * 3_000_000, content_type=content_type
+    )
+    assert response.status_code == 413
+
+
+# Django's middleware
+
+
+CSP = "django.middleware.csp.ContentSecurityPolicyMiddleware"
+
+EVERY_MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.middleware.cache.UpdateCacheMiddleware",
+    "django.middleware.gzip.GZipMiddleware",
+    "django.middleware.http.ConditionalGetMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.locale.LocaleMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.auth.middleware.LoginRequiredMiddleware",
+    "django.contrib.auth.middleware.RemoteUserMiddleware",
+    "django.contrib.auth.middleware.PersistentRemoteUserMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.contrib.sites.middleware.CurrentSiteMiddleware",
+    "django.contrib.flatpages.middleware.FlatpageFallbackMiddleware",
+    "django.contrib.redirects.middleware.RedirectFallbackMiddleware",
+    "django.contrib.admindocs.middleware.XViewMiddleware",
+    "django.middleware.common.BrokenLinkEmailsMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "django.middleware.cache.FetchFromCacheMiddleware",
+    *([CSP] if django.VERSION >= (6, 0) else []),
+]
+
+
+def middleware_classes() -> set[str]:
+    """Every middleware class that Django's own modules define."""
+    root = Path(django.__file__).parent
+    found = set()
+    for file in [*root.glob("middleware/*.py"), *root.glob("contrib/*/middleware.py")]:
+        module = ".".join(("django", *file.relative_to(root).with_suffix("").parts))
+        found |= {
+            f"{module}.{node.name}"
+            for node in ast.parse(file.read_text()).body
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Middleware")
+        }
+    return found
+
+
+def test_the_list_of_middleware_is_whole() -> None:
+    """A middleware that Django adds is noticed."""
+    # CacheMiddleware is the two halves of it that are in the list.
+    assert middleware_classes() - {"django.middleware.cache.CacheMiddleware"} == set(
+        EVERY_MIDDLEWARE
+    )
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_every_middleware_in_djangos_box(settings) -> None:
+    """A stream passes them all as it is: not compressed, not cached, first bytes at once."""
+    settings.MIDDLEWARE = EVERY_MIDDLEWARE
+    (entry,) = add(get_history(), "a")
+    response = await AsyncClient().get(
+        "/events/poll/t", headers={"Accept-Encoding": "gzip", "Accept-Language": "de"}
+    )
+    assert not response.has_header("Content-Encoding")
+    assert not response.has_header("Content-Length")
+    assert not response.has_header("ETag")
+    assert response["Cache-Control"] == "no-store, no-transform"
+    assert await start(response) == f"id: {entry.seq}\n\n".encode()
+
+
+async def test_gzip_would_compress_other_streams(settings) -> None:
+    """The test above can fail: GZipMiddleware does compress what does not say no."""
+
+    async def body() -> Any:
+        yield b"x" * 500
+
+    async def view(request: HttpRequest) -> StreamingHttpResponse:
+        return StreamingHttpResponse(body())
+
+    settings.MIDDLEWARE = ["django.middleware.gzip.GZipMiddleware"]
+    urls = type("urls", (), {"urlpatterns": [path("other", view)]})
+    with override_settings(ROOT_URLCONF=urls):
+        response = await AsyncClient().get("/other", headers={"Accept-Encoding": "gzip"})
+        assert response["Content-Encoding"] == "gzip"
+        assert gzip.decompress(b"".join([chunk async for chunk in response])) == b"x" * 500
+
+
+def shouting(get_response: Any) -> Any:
+    """A middleware of the old kind: sync only, and it wraps the stream."""
+
+    async def louder(chunks: Any) -> Any:
+        async for chunk in chunks:
+            yield chunk.upper()
+
+    def middleware(request: HttpRequest) -> Any:
+        response = get_response(request)
+        response.streaming_content = louder(response.streaming_content)
+        return response
+
+    return middleware
+
+
+async def test_sync_middleware_that_wraps_the_stream(settings, client: AsyncClient) -> None:
+    """A wrapped stream still streams."""
+    settings.MIDDLEWARE = [f"{__name__}.shouting"]
+    add(get_history(), "a")
+    body = await start(await client.get("/events/poll/t"))
+    assert body.startswith(b"ID: ")
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
+async def test_atomic_requests(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ATOMIC_REQUESTS refuses async views; ours asks to be left out, on every database."""
+    for alias in connections:
+        monkeypatch.setitem(connections[alias].settings_dict, "ATOMIC_REQUESTS", True)
+        monkeypatch.setitem(connections.settings[alias], "ATOMIC_REQUESTS", True)
+    assert await start(await AsyncClient().get("/events/poll/t"))
+
+
+def test_default_class_is_the_settings() -> None:
+    """A URL without a class of its own uses the setting's."""
+    assert EventSourceView().get_event_class() is StringIdEvent
