@@ -1,0 +1,96 @@
+"""Listeners on real sockets, many of them in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import suppress
+
+from django_eventsource.frames import Decoder, ServerSentEvent
+from tests.processes import DEADLINE
+
+
+class Connection:
+    """One open stream. HTTP/1.0, so that the body is what the server writes."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: int, head: str
+    ) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.status = status
+        self.head = head
+
+    @classmethod
+    async def open(
+        cls, address: tuple[str, int], path: str, *, method: str = "GET", **headers: str
+    ) -> Connection:
+        reader, writer = await asyncio.open_connection(*address)
+        lines = [f"{method} {path} HTTP/1.0", "Host: localhost"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        writer.write("\r\n".join([*lines, "", ""]).encode())
+        try:
+            async with asyncio.timeout(DEADLINE):
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        except BaseException:
+            writer.transport.abort()
+            raise
+        return cls(reader, writer, int(head.split()[1]), head)
+
+    async def read(self) -> bytes:
+        """Give what comes next; nothing at the end."""
+        async with asyncio.timeout(DEADLINE):
+            return await self.reader.read(65536)
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+
+class Listener:
+    """Listens to one path, and comes back with its last event id until it has enough."""
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        path: str,
+        *,
+        enough: Callable[[Listener], bool],
+        drops: random.Random | None = None,
+    ) -> None:
+        self.address = address
+        self.path = path
+        self.enough = enough
+        self.drops = drops
+        self.events: list[ServerSentEvent] = []
+        self.last_event_id = ""
+        self.connections = 0
+        self.joined = asyncio.Event()
+
+    async def run(self) -> None:
+        while not self.enough(self):
+            with suppress(OSError, asyncio.IncompleteReadError):
+                await self._listen()
+
+    async def _listen(self) -> None:
+        headers = {"Last_Event_ID": self.last_event_id} if self.last_event_id else {}
+        connection = await Connection.open(self.address, self.path, **headers)
+        if connection.status != 200:
+            raise AssertionError(connection.head)
+        self.connections += 1
+        patience = self.drops.randint(1, 900) if self.drops else 10**9
+        decoder = Decoder(self.last_event_id)
+        try:
+            while not self.enough(self):
+                chunk = await connection.read()
+                if not chunk:
+                    return
+                got = decoder.feed(chunk)
+                self.last_event_id = decoder.last_event_id
+                self.joined.set()
+                self.events += got
+                patience -= len(got)
+                if patience <= 0:
+                    return
+        finally:
+            connection.close()

@@ -1,0 +1,273 @@
+"""Real servers, real sockets: what only they can show."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.db import connections
+
+from django_eventsource import publish
+from django_eventsource.frames import Decoder
+from django_eventsource.history import get_history
+from django_eventsource.publishing import apublish
+from tests.listeners import Connection, Listener
+from tests.processes import DEADLINE, POSTGRES, ROOT, Server, environment, serve
+
+pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
+
+OPEN = {"EVENTSOURCE_POLICY": "django_eventsource.policies.AllowAny"}
+
+
+@pytest.fixture(params=["daphne", "uvicorn"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with serve(request.param, **OPEN) as server:
+        yield server
+
+
+def process_of(server: Server) -> psutil.Process:
+    assert server.process is not None
+    return psutil.Process(server.process.pid)
+
+
+def database_handles(server: Server) -> int:
+    """How often the process has the test database's file open."""
+    name = settings.TEST_DIR / "test.sqlite3"
+    return sum(Path(file.path) == name for file in process_of(server).open_files())
+
+
+async def until_idle(count: int, measure: object) -> None:
+    """Wait for what a finished request lets go of, which it does in another thread."""
+    async with asyncio.timeout(DEADLINE):
+        while measure() > count:  # type: ignore[operator]
+            await asyncio.sleep(0.05)
+
+
+async def test_streams_hold_no_thread_and_no_connection(server: Server) -> None:
+    """Two hundred open streams cost the threads and the database handles of one."""
+    first = await Connection.open(server.address, "/events/poll/t")
+    await first.read()
+    threads = process_of(server).num_threads()
+    streams = [
+        await Connection.open(server.address, f"/events/poll/t{n % 20}") for n in range(200)
+    ]
+    for stream in streams:
+        assert stream.status == 200
+        await stream.read()
+    await until_idle(threads + 2, lambda: process_of(server).num_threads())
+    await until_idle(1, lambda: database_handles(server))
+    await apublish("t7", "ping", "still there")
+    chunk = await streams[7].read()
+    assert [event.data for event in Decoder().feed(chunk)] == ["still there"]
+    for stream in [first, *streams]:
+        stream.close()
+
+
+async def test_streams_hold_no_postgres_connection() -> None:
+    """The same where connections are dear."""
+    code = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'test_eventsource'"
+
+    def count() -> int:
+        with connections["postgres"].cursor() as cursor:
+            cursor.execute(code)
+            return int(cursor.fetchone()[0])
+
+    with serve("uvicorn", EVENTSOURCE_HISTORY=POSTGRES, **OPEN) as server:
+        before = await sync_to_async(count)()
+        streams = [await Connection.open(server.address, "/events/poll/t") for _ in range(50)]
+        for stream in streams:
+            await stream.read()
+        async with asyncio.timeout(DEADLINE):
+            while await sync_to_async(count)() > before + 2:
+                await asyncio.sleep(0.05)
+        for stream in streams:
+            stream.close()
+    await sync_to_async(lambda: connections["postgres"].close())()
+
+
+async def test_an_event_of_another_process_arrives(server: Server) -> None:
+    """Nothing but the database connects this process with the server."""
+    connection = await Connection.open(server.address, "/events/poll/t")
+    await connection.read()
+    event = await apublish("t", "ping", "hello")
+    assert await connection.read() == f"id: {event.id}\nevent: ping\ndata: hello\n\n".encode()
+    connection.close()
+
+
+async def test_head_and_options_end(server: Server) -> None:
+    """Neither opens a stream: the connection ends."""
+    for method in ("HEAD", "OPTIONS"):
+        connection = await Connection.open(server.address, "/events/poll/t", method=method)
+        assert connection.status == 200
+        assert await connection.read() == b""
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/events/poll/a%FFb", 400),
+        ("/events/poll/gr%C3%BC%C3%9Fe", 200),
+        ("/events/poll/a%2Fb%0Ac", 200),
+        ("/events/poll/a%00b", 400),
+        ("/events/poll/", 400),
+    ],
+)
+async def test_tokens_in_paths(server: Server, path: str, status: int) -> None:
+    """Percent-encoded text of any kind is a token; bytes that are no UTF-8 are refused."""
+    connection = await Connection.open(server.address, path)
+    assert connection.status == status
+    connection.close()
+
+
+async def test_last_event_id_that_is_no_text(server: Server) -> None:
+    """Bytes that are no UTF-8 get 200 and reset."""
+    reader, writer = await asyncio.open_connection(*server.address)
+    writer.write(
+        b"GET /events/poll/t HTTP/1.0\r\nHost: localhost\r\nLast-Event-ID: \xff\xfe\r\n\r\n"
+    )
+    async with asyncio.timeout(DEADLINE):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.split()[1] == b"200"
+        assert b"event: reset" in await reader.readuntil(b"\n\n")
+    writer.transport.abort()
+
+
+async def test_disconnected_listeners_are_forgotten(server: Server) -> None:
+    """Whoever hangs up costs nothing any more."""
+    process = process_of(server)
+    for _ in range(3):
+        streams = [await Connection.open(server.address, "/events/poll/t") for _ in range(30)]
+        for stream in streams:
+            await stream.read()
+            stream.close()
+
+    def sockets() -> int:
+        return sum(one.status == "ESTABLISHED" for one in process.net_connections())
+
+    await until_idle(0, sockets)
+
+
+async def test_a_killed_server_loses_nothing(server: Server) -> None:
+    """Killed and started again: the listener comes back and has everything, once."""
+    listener = Listener(
+        server.address, "/events/poll/t", enough=lambda self: len(self.events) >= 30
+    )
+    listening = asyncio.ensure_future(listener.run())
+    await listener.joined.wait()
+    for n in range(30):
+        await apublish("t", "ping", str(n))
+        if n == 10:
+            server.stop(signal.SIGKILL)
+        elif n == 20:
+            server.start()
+    async with asyncio.timeout(DEADLINE):
+        await listening
+    assert [event.data for event in listener.events] == [str(n) for n in range(30)]
+    assert listener.connections >= 2
+
+
+async def test_a_thousand_in_a_burst_with_postgres() -> None:
+    """Many publishers, one listener, PostgreSQL: all events, once, in the history's order."""
+    with serve("uvicorn", EVENTSOURCE_HISTORY=POSTGRES, **OPEN) as server:
+        settings.EVENTSOURCE_HISTORY = POSTGRES
+        try:
+            listener = Listener(
+                server.address, "/events/poll/t", enough=lambda self: len(self.events) >= 400
+            )
+            listening = asyncio.ensure_future(listener.run())
+            await listener.joined.wait()
+
+            def work(thread: int) -> None:
+                for n in range(100):
+                    publish("t", "ping", f"{thread} {n}")
+                connections.close_all()
+
+            threads = [threading.Thread(target=work, args=[n]) for n in range(4)]
+            for thread in threads:
+                thread.start()
+            async with asyncio.timeout(DEADLINE):
+                await listening
+            for thread in threads:
+                thread.join()
+        finally:
+            del settings.EVENTSOURCE_HISTORY
+    ids = [int(event.id) for event in listener.events]
+    assert ids == list(range(ids[0], ids[0] + 400))
+    assert len({event.data for event in listener.events}) == 400
+
+
+LISTENERS = 50
+EVENTS = 2000
+
+
+async def test_two_thousand_events_to_fifty_listeners_that_drop() -> None:
+    """Random disconnects and two server restarts: every listener has all, once, in order."""
+    seed = int(os.environ.get("SEED", "42"))
+    chance = random.Random(seed)
+    with serve("daphne", **OPEN) as server:
+        listeners = [
+            Listener(
+                server.address,
+                "/events/poll/t",
+                enough=lambda self: len(self.events) >= EVENTS,
+                drops=random.Random(chance.random()),
+            )
+            for _ in range(LISTENERS)
+        ]
+        tasks = [asyncio.ensure_future(listener.run()) for listener in listeners]
+        for listener in listeners:
+            await listener.joined.wait()
+        sender = subprocess.Popen(
+            [
+                sys.executable,
+                ROOT / "testproject" / "manage.py",
+                "send_event",
+                "t",
+                "ping",
+                "-",
+                "--lines",
+            ],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert sender.stdin is not None
+        sent = asyncio.to_thread(
+            sender.communicate, "".join(f"{n}\n" for n in range(EVENTS)), DEADLINE * 5
+        )
+        sending = asyncio.ensure_future(sent)
+        for share in (0.25, 0.6):
+            async with asyncio.timeout(DEADLINE * 3):
+                while max(len(listener.events) for listener in listeners) < EVENTS * share:
+                    await asyncio.sleep(0.01)
+            server.stop(signal.SIGTERM)
+            server.start()
+        out, _ = await sending
+        assert sender.returncode == 0
+        async with asyncio.timeout(DEADLINE * 3):
+            await asyncio.gather(*tasks)
+    assert len(out.split()) == EVENTS
+    for listener in listeners:
+        assert [event.data for event in listener.events] == [str(n) for n in range(EVENTS)]
+        assert [event.id for event in listener.events] == out.split()
+    opened = [listener.connections for listener in listeners]
+    print(
+        f"seed {seed}: {LISTENERS} listeners, {EVENTS} events each, "
+        f"{min(opened)} to {max(opened)} connections each: missed 0, repeated 0"
+    )
+    assert min(opened) >= 3
+    newest = await get_history().call(get_history().newest, "t")
+    assert newest[0] == int(out.split()[-1])
