@@ -212,6 +212,7 @@ LISTENERS = 50
 EVENTS = 2000
 
 
+@pytest.mark.slow
 async def test_two_thousand_events_to_fifty_listeners_that_drop() -> None:
     """Random disconnects and two server restarts: every listener has all, once, in order."""
     seed = int(os.environ.get("SEED", "42"))
