@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
-from django_eventsource.history import get_history
+from django_eventsource import history
+from django_eventsource.history import History, get_history
 from django_eventsource.history.database import DatabaseHistory
 from django_eventsource.history.memory import MemoryHistory
 
@@ -41,11 +46,34 @@ def test_one_history_for_the_process(settings) -> None:
     assert get_history() is other
 
 
+def test_threads_get_the_same_history(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many threads ask first."""
+    settings.EVENTSOURCE_HISTORY = {"BACKEND": "django_eventsource.history.memory.MemoryHistory"}
+    barrier = threading.Barrier(8)
+    real = history.make_history
+
+    def slow() -> History:
+        made = real()
+        time.sleep(0.01)
+        return made
+
+    monkeypatch.setattr(history, "make_history", slow)
+
+    def ask() -> History:
+        barrier.wait()
+        return get_history()
+
+    with ThreadPoolExecutor(max_workers=8) as executor:
+        found = {id(future.result()) for future in [executor.submit(ask) for _ in range(8)]}
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ({"BACKEND": "nowhere.History"}, "cannot be imported: 'nowhere.History'"),
         ({"BACKEND": 5}, "cannot be imported: 5"),
+        ({"BACKEND": ".dots"}, "cannot be imported: '.dots'"),
         ({"BACKEND": "django_eventsource.events.Event"}, "must name a subclass"),
         ({"BACKEND": "django_eventsource.history.get_history"}, "must name a subclass"),
         ({"OPTIONS": {"SIZE": 5}}, "OPTIONS do not fit .*SIZE"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from typing import Any
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
@@ -14,7 +16,8 @@ from django_eventsource.events import (
     StringEvent,
     StringIdEvent,
 )
-from django_eventsource.history import Draft, History, Kind
+from django_eventsource.history import Draft, Entry, History, Kind, Slice
+from django_eventsource.history.memory import MemoryHistory
 from tests.histories import HISTORIES, add, age, draft, make, texts
 
 pytestmark = pytest.mark.django_db(databases=["default", "postgres"])
@@ -352,15 +355,51 @@ async def test_awaited_methods(history: History) -> None:
     await history.arelease()
 
 
+class BlockingHistory(MemoryHistory):
+    """A backend as somebody else would write it: it blocks, and says nothing about it."""
+
+    call = History.call
+
+    def read(self, *args: Any, **kwargs: Any) -> Slice:
+        self.thread = threading.get_ident()
+        return super().read(*args, **kwargs)
+
+
+async def test_blocking_histories_run_off_the_loop() -> None:
+    """A backend that only blocks does not block the event loop."""
+    history = BlockingHistory()
+    (entry,) = add(history, "a")
+    assert (await history.aread("t", entry.seq - 1)).entries == (entry,)
+    assert history.thread != threading.get_ident()
+
+
 # Options
 
 
 @pytest.mark.parametrize("option", ["MAX_EVENTS", "MAX_AGE", "TOKEN_MAX_AGE"])
-@pytest.mark.parametrize("value", [0, -1, "5", None, True])
+@pytest.mark.parametrize("value", [0, -1, "5", None, True, float("inf")])
 def test_bad_options(name: str, option: str, value: object) -> None:
     """An option that is no positive number is an error that names it."""
     with pytest.raises(ImproperlyConfigured, match=f"{option} must be a positive number"):
         make(name, **{option: value})
+
+
+def test_very_long_ages(name: str) -> None:
+    """Who wants to keep events for ever can."""
+    history = make(name, MAX_EVENTS=1, MAX_AGE=10**12, TOKEN_MAX_AGE=10**12)
+    entries = add(history, "a", "b")
+    history.prune()
+    assert texts(history.read("t", entries[0].seq).entries) == ["b"]
+
+
+def test_reset_at_a_close_opens_the_token_anew(name: str) -> None:
+    """Where what is gone ends with a close, the place to go on has not seen it."""
+    history = make(name)
+    (close,) = history.append("t", [draft(kind=Kind.FINISH)])
+    slice_ = history.read("t", 5)
+    assert (slice_.complete, slice_.closed, slice_.resume) == (False, True, f"{close.seq}+")
+    (entry,) = add(history, "a")
+    assert history.read("t", 5).resume == str(entry.seq)
 
 
 def test_token_is_not_forgotten_before_its_events(name: str) -> None:
@@ -420,7 +459,7 @@ def test_draft_takes_an_own_id_once() -> None:
         Draft.of(Bad("t", "close"))
 
 
-@pytest.mark.parametrize("value", ["", "-5", "+1", "1.5", "abc", "5\n6", "٥", "1" * 16])
+@pytest.mark.parametrize("value", ["", "-5", "+1", "1.5", "abc", "5\n6", "\u0665", "1" * 16])
 def test_draft_refuses_a_bad_retry(value: str) -> None:
     """A retry is ASCII digits."""
     with pytest.raises(ValueError, match="must be ASCII digits"):
@@ -438,6 +477,7 @@ def test_frames() -> None:
     one = Draft(action="ping", data=b"a\nb")
     assert one.frame() == b"event: ping\ndata: a\ndata: b\n\n"
     assert one.frame(7) == b"id: 7\nevent: ping\ndata: a\ndata: b\n\n"
+    assert Entry(seq=7, draft=one).frame() == one.frame(7)
     assert draft("x", own_id="u").frame(7) == b"id: u\nevent: ping\ndata: x\n\n"
     assert draft("50", kind=Kind.RETRY).frame(7) == b"id: 7\nretry: 50\n\n"
     assert draft("50", kind=Kind.RETRY).frame() == b"retry: 50\n\n"

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError, connection, connections, transaction
+from django.db.models.signals import post_delete, post_save
 from django.db.utils import DatabaseError
 
-from django_eventsource.history import Kind
+from django_eventsource.history import Entry, Kind
 from django_eventsource.history import database as module
 from django_eventsource.history.database import DatabaseHistory
 from django_eventsource.models import PendingEvent, StoredEvent, TokenHead
@@ -125,6 +126,64 @@ def test_an_event_that_others_settled_knows_its_number(history: DatabaseHistory)
     assert texts(entries) == ["a", "b"]
     assert entries[1].finishes
     assert entries[1].seq == entries[0].seq + 1 == history.newest("t")[1]
+
+
+@real_commits
+def test_one_pending_event_that_fails_is_no_other_tokens_trouble(
+    history: DatabaseHistory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A row that cannot be settled, as of a newer release, is logged and left."""
+    history.stage("bad", [draft("x")])
+    PendingEvent.objects.using(history.using).update(kind="newer")
+    history.stage("good", [draft("a")])
+    (entry,) = add(history, "x", token="other")
+    heads, _ = history.heads(["bad", "good", "other"])
+    assert set(heads) == {"good", "other"}
+    assert heads["other"] == entry.seq
+    assert "Pending events of 'bad' could not be settled" in caplog.text
+
+
+@real_commits
+def test_a_receiver_of_everything_disturbs_nothing(history: DatabaseHistory) -> None:
+    """Signals are not sent for the history's own rows, and a commit hook may publish."""
+    seen = []
+
+    def receiver(sender: type, **kwargs: object) -> None:
+        seen.append(sender)
+
+    for signal in (post_save, post_delete):
+        signal.connect(receiver)
+    try:
+        history.max_events = 1
+        with transaction.atomic(using=history.using):
+            settle = history.stage("t", [draft("a"), draft("b")])
+        settle()
+        history.prune()
+    finally:
+        for signal in (post_save, post_delete):
+            signal.disconnect(receiver)
+    assert seen == []
+    entries = history._in_transaction(lambda: publish_on_commit(history))
+    assert texts(entries) == ["inner"]
+
+
+def publish_on_commit(history: DatabaseHistory) -> list[Entry]:
+    entries: list[Entry] = []
+    transaction.on_commit(lambda: entries.extend(add(history, "inner")), using=history.using)
+    return entries
+
+
+@real_commits
+def test_an_event_that_was_trimmed_before_its_publisher_looked(
+    history: DatabaseHistory,
+) -> None:
+    """Settled by others and gone again: its publisher learns of no place."""
+    history.max_events = 1
+    settle = history.stage("t", [draft("a")])
+    history.heads([])
+    add(history, "b", "c")
+    history.prune()
+    assert settle() == []
 
 
 @real_commits

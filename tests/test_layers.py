@@ -46,5 +46,5 @@ def test_a_shared_layer_is_used_as_it_is(settings) -> None:
 def test_an_unknown_layer_is_named(settings) -> None:
     """An alias that CHANNEL_LAYERS lacks is an error."""
     settings.EVENTSOURCE_CHANNEL_LAYER = "nowhere"
-    with pytest.raises(ImproperlyConfigured, match="EVENTSOURCE_CHANNEL_LAYER.*'nowhere'"):
+    with pytest.raises(ImproperlyConfigured, match=r"EVENTSOURCE_CHANNEL_LAYER.*'nowhere'"):
         get_layer()
