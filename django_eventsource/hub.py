@@ -8,6 +8,7 @@ are. Each token with listeners has a :class:`Feed`; each stream has a
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import contextvars
 import logging
@@ -53,6 +54,7 @@ class Hub:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._keepalives: dict[float, set[Subscriber]] = {}
+        self._naming = asyncio.Lock()
         self._membership = asyncio.Lock()
         self._pruning: asyncio.Task[None] | None = None
         self._checked_at = time.monotonic()
@@ -127,9 +129,11 @@ class Hub:
                 logger.exception("A channel-layer message could not be passed on.")
 
     async def _get_channel(self) -> str:
-        if self._channel is None:
-            self._channel = await self.layer.new_channel("eventsource")
-        return self._channel
+        # Two who ask at once must not get two: one would be received on, the other joined.
+        async with self._naming:
+            if self._channel is None:
+                self._channel = await self.layer.new_channel("eventsource")
+            return self._channel
 
     def _dispatch(self, message: Any) -> None:
         match message:
@@ -347,3 +351,19 @@ def hubs() -> list[Hub]:
         # A hub's tasks hold its loop: a weak dictionary would never let go.
         _hubs.pop(loop, None)
     return list(_hubs.values())
+
+
+def end_tasks() -> None:
+    """End what a server left pending on a loop that it stopped and never closed.
+
+    Daphne 4.2 does that, and CPython 3.11 crashes when it clears up such tasks at its end.
+    """
+    for hub in hubs():
+        if not hub.loop.is_running():
+            tasks = asyncio.all_tasks(hub.loop)
+            for task in tasks:
+                task.cancel()
+            hub.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+
+
+atexit.register(end_tasks)

@@ -184,6 +184,45 @@ def test_hubs_of_closed_loops_are_forgotten() -> None:
     assert hub not in hubs()
 
 
+class SlowToName(FaultyLayer):
+    """A layer that takes a moment to name a channel, as the pub/sub layer does."""
+
+    async def new_channel(self, prefix: str = "specific.") -> str:
+        await asyncio.sleep(0.01)
+        return await super().new_channel(prefix)
+
+
+async def test_what_is_joined_is_what_is_received_on(settings) -> None:
+    """Two who need the channel at once get the same one."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_hub.SlowToName"}}
+    settings.EVENTSOURCE_POLL_SECONDS = 10_000
+    hub = get_hub()
+    subscriber = await listen(hub)
+    assert len({call[-1] for call in layer_of(hub).calls}) == 1
+    hub.deliver(group_name("t"), message("t", None, "live"))
+    assert await receive(subscriber, 1) == ["live"]
+
+
+def test_tasks_on_a_loop_that_was_only_stopped_are_ended() -> None:
+    """A server may leave its loop as it is: at exit nothing is pending on it."""
+
+    async def start() -> Hub:
+        return get_hub()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(start())
+    assert asyncio.all_tasks(loop)
+    module.end_tasks()
+    assert not asyncio.all_tasks(loop)
+    loop.close()
+
+
+async def test_running_loops_are_left_alone(hub: Hub) -> None:
+    """A loop that runs in another thread at exit is not ours to end."""
+    module.end_tasks()
+    assert not any(task.done() for task in hub._tasks)
+
+
 # Delivery
 
 

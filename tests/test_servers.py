@@ -159,6 +159,20 @@ async def test_disconnected_listeners_are_forgotten(server: Server) -> None:
     await until_idle(0, sockets)
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+async def test_daphne_leaves_cleanly_with_open_streams(how: signal.Signals) -> None:
+    """Exit status 0, nothing on its way out but what it logs itself, and the stream ends."""
+    with serve("daphne", **OPEN) as server:
+        stream = await Connection.open(server.address, "/events/poll/t")
+        await stream.read()
+        await apublish("t", "ping", "x")
+        await stream.read()
+        assert server.stop(how) == 0
+        assert await stream.read() == b""
+        assert server.log.read_text() == ""
+        stream.close()
+
+
 async def test_a_killed_server_loses_nothing(server: Server) -> None:
     """Killed and started again: the listener comes back and has everything, once."""
     listener = Listener(

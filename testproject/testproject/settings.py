@@ -1,5 +1,6 @@
 """Settings of the demo site. What django-eventsource needs is marked with (*)."""
 
+import os
 from pathlib import Path
 
 BASE_DIR = Path(__file__).resolve().parent.parent
@@ -7,7 +8,7 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 # A secret for a site that only this machine sees. Never serve anything real with it.
 SECRET_KEY = "demo-only-not-a-secret"
 DEBUG = True
-ALLOWED_HOSTS = ["127.0.0.1", "localhost", "testserver"]
+ALLOWED_HOSTS = ["127.0.0.1", "localhost", "[::1]", "testserver"]
 
 INSTALLED_APPS = [
     "daphne",  # (*) `manage.py runserver` serves ASGI
@@ -52,10 +53,10 @@ TEMPLATES = [
 DATABASES = {
     "default": {
         "ENGINE": "django.db.backends.sqlite3",
-        "NAME": BASE_DIR / "demo.sqlite3",
+        "NAME": os.environ.get("EVENTSOURCE_DEMO_DATABASE", BASE_DIR / "demo.sqlite3"),
         "OPTIONS": {
             # Readers and the one writer that SQLite allows do not block each other.
-            "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+            "init_command": "PRAGMA journal_mode=WAL;",
             "transaction_mode": "IMMEDIATE",
             "timeout": 20,
         },

@@ -1,0 +1,378 @@
+"""The demo page in a real browser: Chromium, on the demo as its users run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import (
+    BrowserContext,
+    Locator,
+    Page,
+    Request,
+    Route,
+    expect,
+    sync_playwright,
+)
+
+from tests.demosite import DemoSite
+
+TOKEN = "42:42:42:42:42:42"
+ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE_MS = 20_000
+"""Far more than anything takes."""
+
+OPEN = re.compile("^open$")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    """Find Chromium: a machine without it skips these tests, but never in CI."""
+    path = shutil.which("chromium")
+    if path is None and os.environ.get("CI"):
+        pytest.fail("CI needs Debian's chromium, and `chromium` is not on the PATH.")
+    if path is None:
+        pytest.skip("`chromium` is not on the PATH.")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
+    """Run Chromium with a profile of its own."""
+    expect.set_options(timeout=PATIENCE_MS)
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"), executable_path=chromium, args=ARGS
+        )
+        context.set_default_timeout(PATIENCE_MS)
+        yield context
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoSite]:
+    """Run a demo site for the tests that do it no harm."""
+    site = DemoSite(tmp_path_factory.mktemp("site"))
+    site.start()
+    yield site
+    site.kill()
+
+
+@pytest.fixture
+def mortal_site(tmp_path) -> Iterator[DemoSite]:
+    """Run a demo site for a test that kills it."""
+    site = DemoSite(tmp_path)
+    site.start()
+    yield site
+    site.kill()
+
+
+@pytest.fixture
+def page(browser: BrowserContext) -> Iterator[Page]:
+    """Open a tab, in which no script may fail."""
+    page = browser.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    page.close()
+    assert errors == []
+
+
+def visit(page: Page, url: str) -> None:
+    """Open the page and wait until it listens."""
+    page.goto(url)
+    expect(page.locator("#state")).to_have_text(OPEN)
+
+
+def send(page: Page, action: str, value: str = "") -> None:
+    """Send an event with the form."""
+    page.get_by_label("Action").select_option(action)
+    page.get_by_label("Value").fill(value)
+    page.get_by_role("button", name="Send").click()
+
+
+def events(page: Page) -> Locator:
+    """Find the values of the events in the box."""
+    return page.locator("#log li .data")
+
+
+def reconnect_at_once(page: Page, site: DemoSite) -> None:
+    """Let the browser reconnect after 50 ms, not some seconds."""
+    site.publish(TOKEN, "retry", "50")
+    site.publish(TOKEN, "ping", "begin")
+    expect(events(page)).to_have_text(["begin"])
+
+
+def polls(page: Page, token: str) -> list[str]:
+    """Collect the addresses of a token's streams, as they are asked for."""
+    urls: list[str] = []
+
+    def note(request: Request) -> None:
+        if f"/events/poll/{token}" in request.url:
+            urls.append(request.url)
+
+    page.on("request", note)
+    return urls
+
+
+def points(page: Page) -> int:
+    """Count the chart's points."""
+    return int(page.locator("#machine svg").get_attribute("data-points") or 0)
+
+
+def wait_for_points(page: Page, count: int, timeout: float = PATIENCE_MS) -> None:
+    """Wait until the chart has so many points."""
+    script = "count => document.querySelector('#machine svg').dataset.points >= count"
+    page.wait_for_function(script, arg=count, timeout=timeout)
+
+
+# Sending and receiving
+
+
+def test_form(page: Page, site: DemoSite):
+    """What the form sends appears, with its id, as it was written."""
+    visit(page, site.url)
+    send(page, "ping", "42")
+    expect(events(page)).to_have_text(["42"])
+    expect(page.locator("#log li .action")).to_have_text(["ping"])
+    event_id = page.locator("#log li .id").inner_text()
+    assert event_id.isdigit()
+    expect(page.locator("#result")).to_have_text(f"Sent ping with id {event_id}.")
+    value = "two\nlines, <b onclick='x'>markup</b> and é☃"
+    send(page, "ping", value)
+    expect(events(page)).to_have_count(2)
+    assert events(page).nth(1).text_content() == value
+    send(page, "ping", "")
+    expect(events(page)).to_have_text(["42", value, ""])
+
+
+def test_keyboard(page: Page, site: DemoSite):
+    """Ctrl+Enter in the value sends."""
+    visit(page, site.url)
+    page.get_by_label("Value").press("Control+Enter")
+    expect(events(page)).to_have_text(["42"])
+
+
+def test_other_process(page: Page, site: DemoSite):
+    """What another process publishes appears too, in order."""
+    visit(page, site.url)
+    values = [str(number) for number in range(100)]
+    site.publish(TOKEN, "ping", *values)
+    expect(events(page)).to_have_text(values)
+
+
+def test_choose_token(page: Page, site: DemoSite):
+    """The page listens to the token that is chosen on it, and to no other."""
+    visit(page, site.url)
+    page.get_by_label("Token", exact=True).fill('a/b?c=1&d "é"')
+    page.get_by_role("button", name="Listen").click()
+    expect(page.get_by_label("Token", exact=True)).to_have_value('a/b?c=1&d "é"')
+    expect(page.locator("#state")).to_have_text(OPEN)
+    site.publish(TOKEN, "ping", "for another token")
+    send(page, "ping", "here")
+    expect(events(page)).to_have_text(["here"])
+
+
+def test_nothing_between_page_and_stream(page: Page, site: DemoSite):
+    """An event that is sent after the page was made, and before it listens, is shown."""
+    page.route(
+        "**/demo.js",
+        lambda route: (site.publish(TOKEN, "ping", "between"), route.continue_()),
+    )
+    visit(page, site.url)
+    expect(events(page)).to_have_text(["between"])
+
+
+# The chart
+
+
+def test_chart(page: Page, site: DemoSite):
+    """The chart gets a point per second, draws them, and has them after a reload at once."""
+    visit(page, site.url)
+    wait_for_points(page, 8)
+    for name in ("cpu", "load", "memory"):
+        path = page.locator(f'[data-line="{name}"]').get_attribute("d")
+        assert path.startswith("M")
+        assert path.count("L") >= 5
+    figure = page.locator('[data-figure="memory"]')
+    expect(figure).to_have_text(re.compile(r"^\d+ %[\d.]+/[\d.]+ GiB$"))
+    page.reload()
+    # Before so many seconds could have passed.
+    wait_for_points(page, 8, timeout=5000)
+
+
+def test_chart_of_a_hidden_page(page: Page, site: DemoSite):
+    """A chart that nobody sees holds no connection, and goes on where it was."""
+    hide = """hidden => {
+        Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    visit(page, site.url)
+    wait_for_points(page, 1)
+    page.evaluate(hide, True)
+    expect(page.locator("#machine .state")).to_have_text("paused")
+    seen = points(page)
+    page.evaluate(hide, False)
+    expect(page.locator("#machine .state")).to_have_text(OPEN)
+    wait_for_points(page, seen + 1)
+
+
+# Losing nothing
+
+
+def test_server_restart(page: Page, mortal_site: DemoSite):
+    """The stream survives a server that dies, twice: each event once, in order."""
+    visit(page, mortal_site.url)
+    reconnect_at_once(page, mortal_site)
+    values = ["begin"]
+    for restart in ("first", "second"):
+        mortal_site.publish(
+            TOKEN, "ping", *(before := [f"before {restart} {n}" for n in range(5)])
+        )
+        mortal_site.kill()
+        mortal_site.publish(TOKEN, "ping", *(down := [f"down {restart} {n}" for n in range(20)]))
+        expect(page.locator("#state")).to_have_text("reconnecting")
+        mortal_site.start()
+        values += before + down
+        expect(events(page)).to_have_text(values)
+        expect(page.locator("#state")).to_have_text(OPEN)
+    send(page, "ping", "after")
+    expect(events(page)).to_have_text([*values, "after"])
+    ids = [int(text) for text in page.locator("#log li .id").all_inner_texts()]
+    assert ids == [ids[0] + n for n in range(len(ids))]
+    seen = points(page)
+    wait_for_points(page, seen + 1)
+
+
+def test_reset(page: Page, site: DemoSite):
+    """A stream that cannot give what is missing says so, and the page shows it."""
+
+    def expire_cursors(route: Route) -> None:
+        response = route.fetch()
+        body = re.sub(r'data-cursor="[^"]*"', 'data-cursor="1"', response.text())
+        route.fulfill(response=response, body=body)
+
+    site.publish(TOKEN, "ping", "missed")
+    page.route(site.url, expire_cursors)
+    visit(page, site.url)
+    expect(events(page)).to_have_text(["Some events are missing here (expired)."])
+    send(page, "ping", "live")
+    expect(events(page)).to_have_count(2)
+    wait_for_points(page, 1)
+
+
+# Closing
+
+
+def test_close(page: Page, site: DemoSite):
+    """`close` ends the stream for good: the browser asks for it no more."""
+    urls = polls(page, TOKEN)
+    visit(page, site.url)
+    reconnect_at_once(page, site)
+    send(page, "close", "bye")
+    expect(events(page)).to_have_text(["begin", "bye"])
+    expect(page.locator("#state")).to_have_text("closed")
+    expect(page.locator("#notice")).to_contain_text("The token was closed.")
+    # The chart's seconds are the clock: 20 reconnection times and more.
+    wait_for_points(page, points(page) + 2)
+    assert len(urls) == 1
+    expect(page.locator("#state")).to_have_text("closed")
+
+
+def test_close_while_away(page: Page, mortal_site: DemoSite):
+    """A page that was away when its token was closed gets what it missed, then stops."""
+    visit(page, mortal_site.url)
+    reconnect_at_once(page, mortal_site)
+    mortal_site.kill()
+    mortal_site.publish(TOKEN, "ping", "missed")
+    mortal_site.publish(TOKEN, "close", "bye")
+    mortal_site.start()
+    expect(events(page)).to_have_text(["begin", "missed", "bye"])
+    expect(page.locator("#state")).to_have_text("closed")
+
+
+def test_listen_again(page: Page, site: DemoSite):
+    """After a close the page can listen anew, and gets what comes then."""
+    visit(page, site.url)
+    send(page, "close")
+    page.get_by_role("button", name="Listen again").click()
+    expect(page.locator("#state")).to_have_text(OPEN)
+    expect(page.locator("#notice")).to_be_hidden()
+    send(page, "ping", "again")
+    expect(events(page)).to_have_text(["", "again"])
+
+
+# Errors
+
+
+def test_refused_value(page: Page, site: DemoSite):
+    """A value that is refused is answered in the server's words."""
+    visit(page, site.url)
+    send(page, "retry", "soon")
+    expect(page.locator("#result")).to_contain_text(
+        "Not sent. The value of a retry event must be ASCII digits"
+    )
+    send(page, "retry", "1000")
+    expect(page.locator("#result")).to_contain_text("and show no event.")
+
+
+def test_no_server(page: Page, mortal_site: DemoSite):
+    """Sending without a server says so."""
+    visit(page, mortal_site.url)
+    mortal_site.kill()
+    send(page, "ping", "42")
+    expect(page.locator("#result")).to_have_text("Not sent: the server cannot be reached.")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (401, "The grant has expired.", "The grant has expired. Reload the page"),
+        (403, "", "The server answered 403"),
+    ],
+)
+def test_expired_grant(page: Page, site: DemoSite, status: int, body: str, words: str):
+    """A stream that is refused says why, and what to do."""
+    refuse(page, status, body)
+    page.goto(site.url)
+    expect(page.locator("#state")).to_have_text("closed: failed")
+    expect(page.locator("#notice")).to_contain_text(words)
+    page.unroute_all()
+    page.get_by_role("button", name="Reload").click()
+    expect(page.locator("#state")).to_have_text(OPEN)
+
+
+def test_proxy_error(page: Page, site: DemoSite):
+    """An answer that makes EventSource give up, as a proxy's 502, is survived."""
+    refuse(page, 502, "Bad gateway")
+    page.goto(site.url)
+    expect(page.locator("#state")).to_have_text("reconnecting")
+    page.unroute_all()
+    expect(page.locator("#state")).to_have_text(OPEN)
+
+
+def test_bad_token(page: Page, site: DemoSite):
+    """A token that is none is answered in words, and the chart works all the same."""
+    page.goto(f"{site.url}?token={'x' * 256}")
+    expect(page.get_by_role("alert")).to_contain_text("256 characters long")
+    wait_for_points(page, 1)
+
+
+def refuse(page: Page, status: int, body: str) -> None:
+    """Let the token's stream be answered with a status."""
+    content_type = "text/plain; charset=utf-8"
+    page.route(
+        f"**/events/poll/{TOKEN}*",
+        lambda route: route.fulfill(status=status, content_type=content_type, body=body),
+    )
