@@ -146,7 +146,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, httpx.ReadTimeout):
         seconds = error.request.extensions["timeout"]["read"]
         return f"nothing was received for {seconds:g} s"
-    return _lower_first(" ".join(str(error).split()).rstrip(".") or type(error).__name__)
+    text = " ".join(str(error).split()).rstrip(".")
+    return _lower_first(text) or type(error).__name__
 
 
 def _lower_first(text: str) -> str:
@@ -162,12 +163,13 @@ def _strerror(error: OSError) -> str:
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """Give the error and the causes behind it, the outermost first."""
-    todo: deque[BaseException | None] = deque([error])
+    todo: deque[object] = deque([error])
     while todo:
         cause = todo.popleft()
-        if cause is not None:
+        if isinstance(cause, BaseException):
             yield cause
-            todo.append(cause.__cause__)
+            # httpcore cuts the chain, and keeps what it caught as its argument.
+            todo.extend((*cause.args, cause.__cause__))
             # What anyio raises when a name has several addresses.
             if isinstance(cause, BaseExceptionGroup):
                 todo.extend(cause.exceptions)

@@ -35,5 +35,3 @@ def fresh_history() -> Iterator[None]:
     """Give every test a history of its own."""
     setting_changed.send(sender=None, setting="EVENTSOURCE_HISTORY", value=None, enter=True)
     return
-
-

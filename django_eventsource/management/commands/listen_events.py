@@ -1,0 +1,160 @@
+"""``manage.py listen_events TOKEN``: print the events of a token as they come."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from ... import endpoints
+from ...client import EventSourceClient
+from ...conf import conf
+from ...exceptions import ClientError
+from ...frames import ServerSentEvent
+from ...tokens import check_token
+
+DEFAULT_RETRY_MS = 3000
+
+
+class Command(BaseCommand):
+    """Listen until the token is closed, or as long as the options say."""
+
+    help = "Listens to the events of a token over HTTP and prints them."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Add the options of the listener."""
+        parser.add_argument(
+            "token",
+            metavar="TOKEN",
+            help="The token, or the http(s):// URL of any stream of server-sent events, which "
+            "is requested as given and without a grant.",
+        )
+        endpoints.add_url_arguments(parser)
+        endpoints.add_http_arguments(parser)
+        parser.add_argument(
+            "-a", "--action", help="The action that opens a stream (default: the class's LISTEN)."
+        )
+        parser.add_argument(
+            "-r",
+            "--retry",
+            metavar="MS",
+            help="Reconnect when the server ends the stream, after MS milliseconds until the "
+            "server says otherwise (default: the first end is the end).",
+        )
+        parser.add_argument(
+            "-k",
+            "--keep-reconnecting",
+            action="store_true",
+            help="Reconnect whatever happens, after errors too (first after "
+            f"{DEFAULT_RETRY_MS} ms unless --retry says otherwise).",
+        )
+        parser.add_argument(
+            "--read-timeout",
+            metavar="SECONDS",
+            help="The longest silence that is no error (default: a silent stream is no error).",
+        )
+        parser.add_argument(
+            "--last-event-id", metavar="ID", default="", help="Go on after this event."
+        )
+        parser.add_argument("--count", metavar="N", help="End after N events.")
+        parser.add_argument(
+            "--json",
+            action="store_true",
+            help="Print a JSON object with id, event and data on one line for each event.",
+        )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        """Listen.
+
+        :raises CommandError: at the first failure that ends it.
+        """
+        self.as_json: bool = options["json"]
+        self.verbosity: int = options["verbosity"]
+        self.failures: set[str] = set()
+        count = options["count"]
+        limit = None if count is None else endpoints.whole_number("--count", count)
+        try:
+            with self.make_client(options) as client:
+                self.listen(client, limit)
+        except KeyboardInterrupt:
+            self.diagnose("Interrupted")
+        except BrokenPipeError:
+            endpoints.discard_output(self.stdout)
+        except (ClientError, ValueError) as error:
+            raise CommandError(str(error)) from error
+
+    def make_client(self, options: endpoints.Options) -> EventSourceClient:
+        """Make the client that the options describe."""
+        url = self.make_url(options)
+        token = options["token"]
+        grant = None
+        if not endpoints.is_whole_url(token):
+            grant = endpoints.GrantAuth(token, listen=True)
+        retry, timeout = options["retry"], options["read_timeout"]
+        return EventSourceClient(
+            url,
+            headers=endpoints.make_headers(options),
+            auth=endpoints.make_auth(options, grant),
+            last_event_id=options["last_event_id"],
+            retry_ms=DEFAULT_RETRY_MS
+            if retry is None
+            else endpoints.whole_number("-r/--retry", retry),
+            reconnect_on_end=retry is not None or options["keep_reconnecting"],
+            reconnect_on_error=options["keep_reconnecting"],
+            read_timeout_seconds=None
+            if timeout is None
+            else endpoints.positive_seconds("--read-timeout", timeout),
+            verify=endpoints.make_verify(options),
+            on_diagnostic=self.diagnose,
+            on_error=self.report,
+        )
+
+    def make_url(self, options: endpoints.Options) -> str:
+        """Give the URL of the stream."""
+        token = options["token"]
+        if endpoints.is_whole_url(token):
+            others = endpoints.given(options, "host", "port", "prefix", "ssl", "url", "action")
+            if others:
+                raise CommandError(
+                    f"{token!r} is a whole URL, which leaves no place for {', '.join(others)}."
+                )
+            return str(token)
+        action = options["action"] or conf.event_class.LISTEN
+        return endpoints.event_url(action, check_token(token), options)
+
+    def listen(self, client: EventSourceClient, limit: int | None) -> None:
+        """Print events until the end, ``FINISH``, or the limit."""
+        finish = conf.event_class.FINISH
+        for number, event in enumerate(client, start=1):
+            self.failures.clear()
+            self.stdout.write(self.format(event))
+            self.stdout.flush()
+            if event.event == finish or number == limit:
+                break
+
+    def format(self, event: ServerSentEvent) -> str:
+        """Give the lines to print, in characters that standard output has."""
+        encoding = getattr(self.stdout, "encoding", None) or "utf-8"
+        if not self.as_json:
+            text = f"{event.event}: " + event.data.replace("\n", "\n  ")
+            return text.encode(encoding, "backslashreplace").decode(encoding)
+        fields = {"id": event.id, "event": event.event, "data": event.data}
+        try:
+            text = json.dumps(fields, ensure_ascii=False)
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            text = json.dumps(fields)
+        return text
+
+    def diagnose(self, text: str) -> None:
+        """Tell about a step of the client, when asked to be verbose."""
+        if self.verbosity >= 2:
+            self.stderr.write(text, style_func=str)
+
+    def report(self, error: ClientError) -> None:
+        """Tell about a failure that is answered by reconnecting, once until it is over."""
+        text = str(error)
+        if self.verbosity >= 1 and text not in self.failures:
+            self.failures.add(text)
+            self.stderr.write(text)

@@ -1,0 +1,69 @@
+"""Where requests of the clients go, and how failures are put in words."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from django_eventsource import connection as http
+
+
+@pytest.mark.parametrize(
+    ("url", "carries"),
+    [
+        ("http://a/x", True),
+        ("http://a:80/", True),
+        ("https://a/", True),
+        ("https://a:8443/", False),
+        ("http://a:81/", False),
+        ("http://b/", False),
+    ],
+)
+def test_which_redirects_carry_headers(url: str, carries: bool) -> None:
+    """The same origin does, and so does its upgrade from http to https; no other does."""
+    target = http.Target("http://a/", {"X-Api-Key": "secret"}, None)
+    request = httpx.Request("GET", url, headers=target.headers)
+    target.guard(request)
+    assert ("x-api-key" in request.headers) is carries
+
+
+def test_no_downgrade_carries_headers() -> None:
+    """A redirect from https to http carries no credentials."""
+    target = http.Target("https://a/", {"X-Api-Key": "secret"}, None)
+    request = httpx.Request("GET", "http://a/", headers=target.headers)
+    target.guard(request)
+    assert "x-api-key" not in request.headers
+
+
+def test_an_error_without_words() -> None:
+    """An exception without a message is told by its name."""
+    assert http.reason(httpx.ReadError("")) == "ReadError"
+    assert http.reason(httpx.ConnectError("Two\nlines.")) == "two lines"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "x", "/poll/x", "ftp://host/", "http://", "http:///x", "http://h:x/", "http://[::1/"],
+)
+def test_bad_urls(url: str) -> None:
+    """What is no http or https URL with a host is refused at once."""
+    with pytest.raises(ValueError, match="is no "):
+        http.Target(url, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("", "x"),
+        ("a b", "x"),
+        ("é", "x"),
+        ("a:", "x"),
+        ("a", "x\ny"),
+        ("a", "\0"),
+        ("a", "\udc80"),
+    ],
+)
+def test_bad_headers(name: str, value: str) -> None:
+    """What cannot stand in a header is refused at once."""
+    with pytest.raises(ValueError, match="header"):
+        http.Target("http://h/", {name: value}, None)
