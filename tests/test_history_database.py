@@ -392,6 +392,16 @@ def test_prune_in_batches(history: DatabaseHistory, monkeypatch: pytest.MonkeyPa
 
 
 @real_commits
+def test_the_floor_is_no_token_to_prune(
+    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The floor's numbers are far apart; nothing is counted through between them."""
+    TokenHead.objects.using(history.using).filter(key="").update(kept=5, last=10**15)
+    monkeypatch.setattr(history, "_cut", lambda *args: pytest.fail("the floor was cut"))
+    assert history.prune() == 0
+
+
+@real_commits
 def test_prune_while_publishing(history: DatabaseHistory) -> None:
     """Publishers and prunes at once leave an unbroken row."""
     history.max_events = 5

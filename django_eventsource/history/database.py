@@ -63,6 +63,7 @@ class DatabaseHistory(History):
             )
         self.using: str = USING
         self._heads = TokenHead.objects.using(USING)
+        self._tokens = self._heads.exclude(key=FLOOR_KEY)
         self._events = StoredEvent.objects.using(USING)
         self._pending = PendingEvent.objects.using(USING)
 
@@ -230,7 +231,7 @@ class DatabaseHistory(History):
         cuts = dict(
             old.order_by().values_list("head").annotate(Max("seq")).values_list("head", "seq__max")
         )
-        full = self._heads.filter(last__gte=F("kept") + self.max_events)
+        full = self._tokens.filter(last__gte=F("kept") + self.max_events)
         for head_id, last in full.values_list("pk", "last"):
             cuts[head_id] = max(cuts.get(head_id, 0), last - self.max_events)
         removed = sum(self._cut(head_id, until) for head_id, until in cuts.items())
@@ -252,7 +253,7 @@ class DatabaseHistory(History):
 
     def _forget(self, before: datetime.datetime) -> None:
         """Forget tokens that were idle for long, and raise the floor above them."""
-        idle = self._heads.exclude(key=FLOOR_KEY).filter(updated__lt=before, kept__gt=F("last"))
+        idle = self._tokens.filter(updated__lt=before, kept__gt=F("last"))
         for pk, last in idle.values_list("pk", "last"):
             self._in_transaction(partial(self._forget_one, pk, last, before))
 
