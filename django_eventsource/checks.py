@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning  # noqa: A004
 from django.core.exceptions import ImproperlyConfigured
+from django.core.management import get_commands
 
 from .conf import PROPERTIES, conf
 from .history import make_history
-from .layers import is_process_local
+from .layers import get_layer, is_process_local
+
+WSGI_RUNSERVERS = ("django.core", "django.contrib.staticfiles")
 
 
 def check_settings(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:
@@ -22,6 +26,8 @@ def check_settings(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMess
             value = getattr(conf, name)
             if name == "history":
                 make_history()
+            elif name == "channel_layer":
+                get_layer()
             elif name == "policy":
                 make_policy(value)
         except ImproperlyConfigured as error:
@@ -61,7 +67,16 @@ def check_processes(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMes
 
 
 def check_server(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:
-    """Warn when the project does not look as if it were served by ASGI."""
+    """Warn when the project does not look as if it were served by ASGI, or is not."""
+    if sys.argv[1:2] == ["runserver"] and get_commands()["runserver"] in WSGI_RUNSERVERS:
+        return [
+            Warning(
+                "`manage.py runserver` is Django's own here, which serves WSGI: streams are "
+                "answered 500.",
+                hint='Put "daphne" first in INSTALLED_APPS.',
+                id="eventsource.W003",
+            )
+        ]
     if getattr(settings, "ASGI_APPLICATION", None):
         return []
     return [

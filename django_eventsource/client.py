@@ -36,7 +36,6 @@ MAX_BACKOFF_SECONDS = 60.0
 """The longest back-off. A longer retry time of the server's is still respected."""
 MAX_WAIT_SECONDS = 86_400.0
 """The longest wait of all: what a server asks for is untrusted, and timers have limits."""
-
 _MIN_BACKOFF_SECONDS = 0.1
 _REQUEST_HEADERS = {
     "Accept": CONTENT_TYPE,
@@ -89,7 +88,8 @@ class _Listener:
         self._decoder = Decoder(self.last_event_id)
         self._fruitless = 0
         self._wait_seconds = 0.0
-        self._finished = False
+        self._finished = self.no_content = False
+        """Did the server answer 204: is there nothing to listen to any more?"""
 
     def _begin(self) -> httpx.Headers:
         """Begin a connection: give the headers of its request.
@@ -118,7 +118,7 @@ class _Listener:
         self._decoder = Decoder(self.last_event_id)
         name = printable(response.url)
         if response.status_code == httpx.codes.NO_CONTENT:
-            self._finished = True
+            self._finished = self.no_content = True
             self._say(f"{name} answered 204 No Content: there is nothing to listen to")
         else:
             self._say(f"Connected to {name}")

@@ -168,7 +168,9 @@ def _load(name: str, path: object) -> Any:
     try:
         return import_string(path)
     except (ImportError, ValueError, TypeError) as error:
-        raise ImproperlyConfigured(f"{name} cannot be imported: {path!r} ({error}).") from error
+        raise ImproperlyConfigured(
+            f"{name} cannot be imported: {path!r} ({error}); expected the dotted path of a class."
+        ) from error
 
 
 def _positive(name: str, default: float | None, *, or_none: bool = True) -> float | None:

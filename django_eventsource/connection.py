@@ -146,6 +146,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, httpx.ReadTimeout):
         seconds = error.request.extensions["timeout"]["read"]
         return f"nothing was received for {seconds:g} s"
+    if isinstance(error, httpx.RemoteProtocolError) and "peer closed" in str(error):
+        return "the connection was closed in the middle of it"
     text = " ".join(str(error).split()).rstrip(".")
     return _lower_first(text) or type(error).__name__
 

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import httpx
 from django.core.management.base import CommandError, CommandParser, OutputWrapper
+from django.db import DatabaseError
 from django.urls import NoReverseMatch, reverse
 
 from .connection import Auth
@@ -150,6 +151,14 @@ def positive_seconds(name: str, value: object) -> float:
     if not 0 < seconds < math.inf:
         raise CommandError(f"{name} must be a positive number of seconds, not {str(value)!r}.")
     return seconds
+
+
+def sentence(error: Exception) -> str:
+    """Put an error in one line, with the way out where the database is what failed."""
+    text = " ".join(str(error).split()).rstrip(".") + "."
+    if isinstance(error, DatabaseError):
+        return f"The history's database failed: {text} Was `manage.py migrate` run?"
+    return text
 
 
 def discard_output(output: OutputWrapper) -> None:

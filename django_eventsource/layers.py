@@ -7,12 +7,14 @@ loop, so each hub has an instance of its own.
 
 from __future__ import annotations
 
+from channels.exceptions import InvalidChannelLayerError
 from channels.layers import (
     BaseChannelLayer,
     InMemoryChannelLayer,
     channel_layers,
     get_channel_layer,
 )
+from django.core.exceptions import ImproperlyConfigured
 
 from .conf import conf
 
@@ -23,8 +25,17 @@ LOCAL_CAPACITY = 1000
 
 
 def get_layer() -> BaseChannelLayer | None:
-    """Give the configured layer (``EVENTSOURCE_CHANNEL_LAYER``), or ``None``."""
-    return get_channel_layer(conf.channel_layer)
+    """Give the configured layer (``EVENTSOURCE_CHANNEL_LAYER``), or ``None``.
+
+    :raises ImproperlyConfigured: when it cannot be made.
+    """
+    alias = conf.channel_layer
+    try:
+        return get_channel_layer(alias)
+    except InvalidChannelLayerError as error:
+        raise ImproperlyConfigured(
+            f"CHANNEL_LAYERS[{alias!r}] cannot be used: {error}. Is its package installed?"
+        ) from error
 
 
 def is_process_local() -> bool:

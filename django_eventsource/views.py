@@ -9,7 +9,7 @@ from typing import Any
 from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.asgi import ASGIRequest
-from django.db import connections, transaction
+from django.db import DatabaseError, connections, transaction
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 from django.utils.decorators import classonlymethod
 from django.views import View
@@ -80,7 +80,8 @@ class EventSourceView(View):
         methods = self.methods(action)
         if not methods:
             event_class = self.get_event_class()
-            allowed = [event_class.LISTEN, *event_class.ACTIONS]
+            sends = request.method == "POST"
+            allowed = list(event_class.ACTIONS) if sends else [event_class.LISTEN]
             return text_response(404, str(UnknownAction(action, allowed, event_class.__name__)))
         if request.method not in methods:
             return self.not_allowed(methods)
@@ -170,6 +171,11 @@ class EventSourceView(View):
             event = await apublish(token, action, value, event_class)
         except ValueError as error:
             return text_response(400, str(error))
+        except DatabaseError:
+            logger.exception("The history of %r failed.", token)
+            return text_response(
+                503, "The history's database failed; the event may not have been published."
+            )
         except DeliveryFailed:
             logger.exception("A live-only event was lost.")
             return text_response(503, "The channel layer failed; the event was not sent.")

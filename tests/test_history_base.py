@@ -402,6 +402,12 @@ def test_reset_at_a_close_opens_the_token_anew(name: str) -> None:
     assert history.read("t", 5).resume == str(entry.seq)
 
 
+def test_max_events_is_whole(name: str) -> None:
+    """Half an event cannot be kept."""
+    with pytest.raises(ImproperlyConfigured, match="MAX_EVENTS must be a whole number"):
+        make(name, MAX_EVENTS=1.5)
+
+
 def test_token_is_not_forgotten_before_its_events(name: str) -> None:
     """TOKEN_MAX_AGE below MAX_AGE makes no sense."""
     with pytest.raises(ImproperlyConfigured, match="TOKEN_MAX_AGE"):

@@ -43,6 +43,13 @@ def test_a_shared_layer_is_used_as_it_is(settings) -> None:
     assert make_hub_layer() is get_channel_layer("events")
 
 
+def test_a_layer_that_cannot_be_made_is_named(settings) -> None:
+    """A backend whose package is missing is an error that names the setting."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "nowhere.Layer"}}
+    with pytest.raises(ImproperlyConfigured, match=r"CHANNEL_LAYERS\['default'\] cannot be used"):
+        get_layer()
+
+
 def test_an_unknown_layer_is_named(settings) -> None:
     """An alias that CHANNEL_LAYERS lacks is an error."""
     settings.EVENTSOURCE_CHANNEL_LAYER = "nowhere"

@@ -107,7 +107,7 @@ def test_each_event_is_printed_at_once() -> None:
         connection.end()
 
     with Server(step) as server:
-        assert run(server, stdout=Output()).error is None
+        assert run(server, "--count", "1", stdout=Output()).error is None
 
 
 def test_json_lines() -> None:
@@ -232,11 +232,31 @@ def test_the_grant_does_not_follow_a_redirect_elsewhere() -> None:
 
 
 def test_the_first_end_is_the_end() -> None:
-    """Without -r the command leaves when the server ends the stream, successfully."""
+    """Without -r the command leaves when the server ends the stream, and says so."""
     with Server(stream(b"data: a\n\n")) as server:
         result = run(server)
-    assert result.error is None
+    assert str(result.error) == (
+        "The server ended the stream. To reconnect then, give -r/--retry or "
+        "-k/--keep-reconnecting."
+    )
     assert result.out == "message: a\n"
+
+
+def test_nobody_else_commands_the_terminal() -> None:
+    """On a terminal control characters are shown, not obeyed; elsewhere they are kept."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    body = "event: close\ndata: \x1b[31mred\x07\x9b\tend\n\n".encode()
+    for terminal, shown in [
+        (Terminal(), "close: \\x1b[31mred\\x07\\x9b\tend\n"),
+        (io.StringIO(), "close: \x1b[31mred\x07\x9b\tend\n"),
+    ]:
+        with Server(stream(body)) as server:
+            assert run(server, stdout=terminal).error is None
+        assert terminal.getvalue() == shown
 
 
 def test_retry_reconnects_after_an_end_only(waits: list[float]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from io import StringIO
 
 import pytest
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
+from django.db import OperationalError
 
 from django_eventsource.history import Draft, get_history
 from django_eventsource.models import StoredEvent
@@ -67,3 +68,14 @@ def test_help_says_what_it_is_for(capsys):
         call_command("prune_events", "--help")
     assert left.value.code == 0
     assert "MAX_EVENTS or MAX_AGE" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_database_that_fails_is_told_in_one_line(monkeypatch):
+    """A missing table is one line with the way out."""
+    monkeypatch.setattr(
+        get_history(), "prune", lambda: (_ for _ in ()).throw(OperationalError("no such table: x"))
+    )
+    with pytest.raises(
+        CommandError, match=r"failed: no such table: x\. Was `manage.py migrate` run"
+    ):
+        call_command("prune_events")

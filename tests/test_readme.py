@@ -428,7 +428,7 @@ def test_first_use(tmp_path):
     tests = "\n\n".join([*blocks("python", section("Testing your project")), PAGE_TEST])
     run("-m", "django", "startproject", "mysite", ".")
     run("manage.py", "startapp", "news")
-    append(tmp_path / "mysite" / "settings.py", 'INSTALLED_APPS.append("news")', settings)
+    append(tmp_path / "mysite" / "settings.py", settings)
     append(tmp_path / "mysite" / "urls.py", urls)
     (tmp_path / "news" / "views.py").write_text(views)
     (tmp_path / "news" / "templates").mkdir()

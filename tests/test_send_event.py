@@ -117,10 +117,33 @@ def test_no_data_is_an_empty_value(published: Published) -> None:
 def test_standard_input_is_one_event(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DATA - reads all of standard input, as it is."""
-    give(monkeypatch, "é\n✓\n".encode())
-    Run("42", "ping", "-")
-    assert published.values == ["é\n✓\n"]
+    """DATA - reads all of standard input; the line end that ends a text is not part of it."""
+    for text, value in [("é\n✓\n", "é\n✓"), ("a\r\n", "a"), ("b\n\n", "b\n"), ("c", "c")]:
+        give(monkeypatch, text.encode())
+        Run("42", "ping", "-")
+        assert published.values.pop() == value
+
+
+@pytest.mark.parametrize("arguments", [["-"], ["-", "--lines"]])
+def test_closed_standard_input_is_told(
+    published: Published, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """Where nothing can be read, nothing is published."""
+    monkeypatch.setattr(sys, "stdin", None)
+    result = Run("42", "ping", *arguments)
+    assert "Standard input is closed" in str(result.error)
+    assert published.values == []
+
+
+def test_closed_standard_output_is_no_failure(
+    published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event was published: a failure then would make a script send it again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        result = Run("42", "ping", "x")
+    assert result.error is None
+    assert published.values == ["x"]
 
 
 @pytest.mark.parametrize(

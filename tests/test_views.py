@@ -14,7 +14,7 @@ from asgiref.sync import async_to_sync
 from django.conf import settings as django_settings
 from django.contrib.auth.models import Permission, User
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
-from django.db import connections
+from django.db import OperationalError, connections
 from django.http import HttpRequest, StreamingHttpResponse
 from django.middleware.csrf import get_token
 from django.test import AsyncClient, AsyncRequestFactory, Client, RequestFactory, override_settings
@@ -286,8 +286,8 @@ async def test_a_published_event_reaches_a_listener(client: AsyncClient) -> None
         ("/events/ping/", "x", 400, "The token is empty"),
         (f"/events/ping/{'x' * 256}", "x", 400, "256 characters long; at most 255"),
         ("/events/ping/a%00b", "x", 400, "holds NUL"),
-        ("/events/pong/t", "x", 404, "'pong': StringIdEvent allows poll, ping, retry, close."),
-        ("/live/retry/t", "5", 404, "StringEvent allows poll, ping, close."),
+        ("/events/pong/t", "x", 404, "'pong': StringIdEvent allows ping, retry, close."),
+        ("/live/retry/t", "5", 404, "StringEvent allows ping, close."),
         ("/events/poll/t", "x", 405, "This URL answers GET, HEAD, OPTIONS."),
         ("/events/ping/t", "x" * 1001, 413, "at most 1000 bytes"),
     ],
@@ -308,7 +308,7 @@ async def test_bad_posts(
 @pytest.mark.parametrize(
     ("url", "status", "answer"),
     [
-        ("/events/pong/t", 404, "'pong': StringIdEvent allows poll, ping, retry, close."),
+        ("/events/pong/t", 404, "'pong': StringIdEvent allows poll."),
         ("/events/ping/t", 405, "This URL answers POST, OPTIONS."),
         ("/events/poll/", 400, "The token is empty"),
         (f"/events/poll/{'x' * 256}", 400, "at most 255"),
@@ -385,6 +385,21 @@ async def test_a_failing_layer_for_a_live_only_event(
     response = await send(client, "/live/ping/t", "x")
     assert response.status_code == 503
     assert b"was not sent" in response.content
+
+
+async def test_a_history_that_fails_for_a_sender(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line, and nothing that was not found out."""
+
+    async def fail(*args: Any) -> None:
+        raise OperationalError("disk full")
+
+    monkeypatch.setattr("django_eventsource.views.apublish", fail)
+    response = await send(client, "/events/ping/t", "x")
+    assert response.status_code == 503
+    assert b"may not have been published" in response.content
+    assert "disk full" in caplog.text
 
 
 async def test_a_value_error_of_the_event_class_is_shown(client: AsyncClient) -> None:

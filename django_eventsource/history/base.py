@@ -180,12 +180,14 @@ class History(ABC):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 < value < float("inf"):
                 raise number_error(f"EVENTSOURCE_HISTORY {name}", value, "a positive number")
+        if not isinstance(MAX_EVENTS, int):
+            raise number_error("EVENTSOURCE_HISTORY MAX_EVENTS", MAX_EVENTS, "a whole number")
         if TOKEN_MAX_AGE < MAX_AGE:
             raise ImproperlyConfigured(
                 f"EVENTSOURCE_HISTORY TOKEN_MAX_AGE ({TOKEN_MAX_AGE!r}) must not be less than "
                 f"MAX_AGE ({MAX_AGE!r})."
             )
-        self.max_events = int(MAX_EVENTS)
+        self.max_events = MAX_EVENTS
         self.max_age = MAX_AGE
         self.token_max_age = TOKEN_MAX_AGE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
@@ -15,6 +16,8 @@ from ...frames import ServerSentEvent
 from ...tokens import check_token
 
 DEFAULT_RETRY_MS = 3000
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Command(BaseCommand):
@@ -124,20 +127,31 @@ class Command(BaseCommand):
         return endpoints.event_url(action, check_token(token), options)
 
     def listen(self, client: EventSourceClient, limit: int | None) -> None:
-        """Print events until the end, ``FINISH``, or the limit."""
+        """Print events until ``FINISH``, the limit, or 204.
+
+        :raises CommandError: when the stream ends without any of them.
+        """
         finish = conf.event_class.FINISH
         for number, event in enumerate(client, start=1):
             self.failures.clear()
             self.stdout.write(self.format(event))
             self.stdout.flush()
             if event.event == finish or number == limit:
-                break
+                return
+        if not client.no_content:
+            raise CommandError(
+                "The server ended the stream. To reconnect then, give -r/--retry or "
+                "-k/--keep-reconnecting."
+            )
 
     def format(self, event: ServerSentEvent) -> str:
         """Give the lines to print, in characters that standard output has."""
         encoding = getattr(self.stdout, "encoding", None) or "utf-8"
         if not self.as_json:
             text = f"{event.event}: " + event.data.replace("\n", "\n  ")
+            if self.stdout.isatty():
+                # What others send must not command the terminal.
+                text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
             return text.encode(encoding, "backslashreplace").decode(encoding)
         fields = {"id": event.id, "event": event.event, "data": event.data}
         try:

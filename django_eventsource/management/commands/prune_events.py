@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.core.management.base import BaseCommand
+from django.core.management.base import BaseCommand, CommandError
+from django.db import DatabaseError
 
+from ...endpoints import sentence
 from ...history import get_history
 
 
@@ -18,5 +20,12 @@ class Command(BaseCommand):
     )
 
     def handle(self, *args: Any, **options: Any) -> None:
-        removed = get_history().prune()
+        """Prune, and tell how much.
+
+        :raises CommandError: when the database fails.
+        """
+        try:
+            removed = get_history().prune()
+        except DatabaseError as error:
+            raise CommandError(sentence(error)) from error
         self.stdout.write(f"Removed {removed} event{'' if removed == 1 else 's'}.")

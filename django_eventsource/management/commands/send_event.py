@@ -76,15 +76,18 @@ class Command(BaseCommand):
                     data = "-" if options["data"] is None else options["data"]
                     Lines(self, send).publish(_open_data(data))
                 else:
-                    data = options["data"] or ""
-                    self.print_id(send(self.read(_open_data(data).read())))
+                    data = _open_data(options["data"] or "").read()
+                    if options["data"] == "-":
+                        # A text ends with a line end; an event's last line does not.
+                        data = data.removesuffix(b"\n").removesuffix(b"\r")
+                    self.print_id(send(self.read(data)))
         except KeyboardInterrupt:
             raise CommandError("Interrupted.") from None
         except BrokenPipeError:
             endpoints.discard_output(self.stdout)
             raise CommandError("Nobody reads standard output; the event was published.") from None
         except (EventSourceError, ValueError, DatabaseError) as error:
-            raise CommandError(_sentence(error)) from error
+            raise CommandError(endpoints.sentence(error)) from error
 
     @contextlib.contextmanager
     def make_send(self, options: endpoints.Options) -> Iterator[Send]:
@@ -142,7 +145,7 @@ class Command(BaseCommand):
 
     def print_id(self, event_id: str | None) -> None:
         """Print an event's id, if it has one, at once."""
-        if event_id is not None:
+        if event_id is not None and sys.stdout is not None:
             self.stdout.write(event_id)
             self.stdout.flush()
 
@@ -183,7 +186,7 @@ class Lines:
         except (EventSourceError, ValueError, DatabaseError) as error:
             self.clear_progress()
             raise CommandError(
-                f"Line {self.published + 1}: {_sentence(error)} "
+                f"Line {self.published + 1}: {endpoints.sentence(error)} "
                 f"Before it, {self.count()} published."
             ) from error
 
@@ -221,13 +224,8 @@ class Lines:
 
 def _open_data(data: str) -> BinaryIO:
     if data == "-":
+        if sys.stdin is None:
+            raise CommandError("Standard input is closed: there is no DATA to read.")
         return sys.stdin.buffer
     # What the shell passed may be no UTF-8: Python keeps such bytes as surrogates.
     return io.BytesIO(data.encode("utf-8", "surrogateescape"))
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".") + "."
-    if isinstance(error, DatabaseError):
-        return f"The history's database failed: {text} Was `manage.py migrate` run?"
-    return text
