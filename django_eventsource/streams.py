@@ -105,9 +105,6 @@ class EventStream(AsyncIterator[bytes]):
             chunk, self._opening = self._opening, None
             await let_go()
             return chunk
-        # After a disconnect a server's send() may never suspend: suspend here, so that
-        # the cancellation arrives.
-        await asyncio.sleep(0)
         subscriber = self._subscriber
         hub = self._hub
         if hub is None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError, connection, connections, transaction
 from django.db.models.signals import post_delete, post_save
 from django.db.utils import DatabaseError
+from django.test.utils import CaptureQueriesContext
 
 from django_eventsource.history import Entry, Kind
 from django_eventsource.history import database as module
@@ -197,6 +199,18 @@ def test_more_pending_events_than_a_batch(
     entries = settle()
     assert texts(entries) == [str(n) for n in range(8)]
     assert [entry.seq - entries[0].seq for entry in entries] == list(range(8))
+
+
+@real_commits
+def test_transactions_begin_with_a_write(history: DatabaseHistory) -> None:
+    """One that began with a read could not wait for a writer on SQLite."""
+    add(history, "a")
+    settle = history.stage("t", [draft("b")])
+    for work in (partial(add, history, "c"), settle):
+        with CaptureQueriesContext(connections[history.using]) as queries:
+            work()
+        begun = [one["sql"] for one in queries if not one["sql"].startswith("BEGIN")]
+        assert begun[0].startswith("UPDATE")
 
 
 # Many publishers at once

@@ -556,6 +556,17 @@ async def test_keepalive_on_a_silent_stream(hub: Hub) -> None:
     await until(lambda: not hub._keepalives)
 
 
+async def test_keepalives_cost_no_message(hub: Hub) -> None:
+    """Receiving is never broken off to write a keepalive: that would lose messages."""
+    subscriber = await listen(hub, keepalive=0.002)
+    (receiving,) = [task for task in hub._tasks if "_receive" in repr(task)]
+    for n in range(100):
+        hub.deliver(group_name("t"), message("t", None, str(n)))
+        await asyncio.sleep(0.001)
+    assert await receive(subscriber, 100) == [str(n) for n in range(100)]
+    assert not receiving.done()
+
+
 async def test_the_hub_prunes(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trimming runs in the background, off the publish path."""
     settings.EVENTSOURCE_PRUNE_SECONDS = 0.01

@@ -306,6 +306,29 @@ async def test_cancellation_leaves_nothing() -> None:
     assert not feed.subscribers
 
 
+async def test_cancellation_arrives_though_nothing_else_suspends(
+    history: History, settings
+) -> None:
+    """After a disconnect a server's send() returns at once: the stream lets others in."""
+    settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 1
+    (start,) = add(history, "start")
+    add(history, *["x"] * 5000)
+    stream = open_stream(str(start.seq))
+    chunks = 0
+
+    async def serve() -> None:
+        nonlocal chunks
+        async for _ in stream:
+            chunks += 1
+
+    serving = asyncio.ensure_future(serve())
+    await until(lambda: chunks)
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert chunks < 100
+
+
 async def test_a_dropped_stream_is_forgotten() -> None:
     """Middleware may drop the iterator without closing it, from any thread."""
     stream: EventStream | None = open_stream(keepalive_seconds=0.05)

@@ -210,6 +210,16 @@ async def test_head_gives_headers_only(client: AsyncClient) -> None:
     assert not response.streaming
 
 
+def test_view_and_stream_on_different_loops(client: AsyncClient) -> None:
+    """Sync tests run the view on one event loop and read its stream on another."""
+    (entry,) = add(get_history(), "a")
+    response = async_to_sync(client.get)("/events/poll/t")
+    add(get_history(), "b")
+    body = async_to_sync(start)(response, 2)
+    assert body.startswith(f"id: {entry.seq}\n\n".encode())
+    assert [event.data for event in Decoder().feed(body)] == ["b"]
+
+
 async def test_url_options(client: AsyncClient) -> None:
     """A URL can have an Event class, a keepalive time and a policy of its own."""
     assert await start(await client.get("/live/poll/t")) == b": open\n"
