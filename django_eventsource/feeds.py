@@ -142,6 +142,7 @@ class Subscriber:
         """Finish at once, dropping what is buffered, and wake the stream."""
         self._buffer.clear()
         self._size = 0
+        self._lost = self._volatile = False
         self.finished = self.live = True
         self._wake()
 
@@ -259,7 +260,9 @@ class Feed:
             if self._early_size + len(frame) <= MAX_EARLY_BYTES and seq not in self._early:
                 self._early[seq] = (frame, finish)
                 self._early_size += len(frame)
-            self._report_gap(self.last is not None)
+            if self.last is not None:
+                self.has_gap = True
+                self._on_gap()
 
     def adopt(self, subscriber: Subscriber) -> None:
         """Let a subscriber that has read up to a place be live, if the feed is not ahead.
@@ -270,6 +273,8 @@ class Feed:
             self.last = subscriber.position
         subscriber.live = subscriber.position >= self.last
         self._pass_early()
+        if self.has_gap:
+            self._on_gap()
 
     def pass_on(self, after: int, slice_: Slice) -> bool:
         """Pass on what was read from the history after a place, to close a gap.
@@ -342,9 +347,5 @@ class Feed:
             while self.last + 1 in self._early:
                 self._pass(self.last + 1, *self._early.pop(self.last + 1))
             self._early_size = sum(len(frame) for frame, _ in self._early.values())
-        self._report_gap(bool(self._early))
-
-    def _report_gap(self, has_gap: bool) -> None:
-        self.has_gap = has_gap
-        if has_gap:
-            self._on_gap()
+        # Not reported again: who asked the history just now would ask in a circle.
+        self.has_gap = bool(self._early)

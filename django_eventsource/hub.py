@@ -167,7 +167,7 @@ class Hub:
                 if now >= check_at:
                     await self._check_heads()
                     await self.history.arelease()
-                    check_at = now + self._poll_seconds()
+                    check_at = time.monotonic() + self._poll_seconds()
                 if now >= rejoin_at:
                     rejoin_at = now + REJOIN_SECONDS
                     self._rejoin()

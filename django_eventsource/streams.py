@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator
@@ -89,8 +90,9 @@ class EventStream(AsyncIterator[bytes]):
     def __del__(self) -> None:
         # Middleware may drop the iterator without closing it, in any thread.
         hub = self._hub
-        if hub is not None and not hub.loop.is_closed():
-            hub.loop.call_soon_threadsafe(hub.unsubscribe, self._subscriber)
+        if hub is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                hub.loop.call_soon_threadsafe(hub.unsubscribe, self._subscriber)
 
     def _close(self) -> None:
         hub, self._hub = self._hub, None

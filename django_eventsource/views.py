@@ -10,7 +10,13 @@ from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.asgi import ASGIRequest
 from django.db import DatabaseError, connections, transaction
-from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
+from django.http import (
+    HttpRequest,
+    HttpResponse,
+    HttpResponseBase,
+    JsonResponse,
+    RawPostDataException,
+)
 from django.utils.decorators import classonlymethod
 from django.views import View
 from django.views.decorators.csrf import csrf_exempt
@@ -205,7 +211,13 @@ def keep_body(request: HttpRequest, limit: int) -> bool:
     """Read the body, and no more of it than allowed; ``False`` when there is more.
 
     It is kept as Django keeps it, so that a CSRF check that parses it leaves it intact.
+
+    :raises RawPostDataException: when middleware has consumed it before.
     """
+    if getattr(request, "_read_started", False) and not hasattr(request, "_body"):
+        raise RawPostDataException(
+            "Middleware has consumed the request's body: nothing is left to publish."
+        )
     length = request.headers.get("Content-Length", "")
     if length.isdecimal() and int(length[:18]) > limit:
         return False

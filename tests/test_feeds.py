@@ -367,6 +367,31 @@ def test_a_gap_is_reported(feed: Feed) -> None:
     assert feed.has_gap
 
 
+def test_a_gap_that_the_history_cannot_close_is_not_asked_for_in_a_circle() -> None:
+    """A number ahead of the history, as of another database, costs one read."""
+    told = []
+    feed = Feed("t", "g", lambda: told.append(1))
+    subscriber = subscribe(feed)
+    send(feed, 5000)
+    assert len(told) == 1
+    assert not feed.pass_on(10, read(last=10))
+    assert len(told) == 1
+    send(feed, 11)
+    assert got(subscriber) == ["11"]
+    assert len(told) == 1
+
+
+def test_nothing_follows_a_close_that_was_read(feed: Feed) -> None:
+    """A loss that came about while the close was read is not told after it."""
+    subscriber = Subscriber(10, buffer_bytes=60, keepalive_seconds=None)
+    feed.add(subscriber)
+    for _ in range(3):
+        send(feed, None, "x" * 40)
+    assert subscriber._lost
+    subscriber.catch_up(Slice(entries=(entry(11, Kind.FINISH),), complete=True, last=11))
+    assert subscriber.take_loss() + subscriber.take() == b""
+
+
 def test_an_overtaken_read_does_not_reset(feed: Feed) -> None:
     """A read from a place that the feed has left says nothing about it."""
     subscriber = subscribe(feed)

@@ -15,7 +15,7 @@ from django.conf import settings as django_settings
 from django.contrib.auth.models import Permission, User
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.db import OperationalError, connections
-from django.http import HttpRequest, StreamingHttpResponse
+from django.http import HttpRequest, RawPostDataException, StreamingHttpResponse
 from django.middleware.csrf import get_token
 from django.test import AsyncClient, AsyncRequestFactory, Client, RequestFactory, override_settings
 from django.urls import include, path
@@ -381,6 +381,15 @@ async def test_a_body_over_the_limit_is_not_read(
         request = post(CONTENT_LENGTH=length)
         assert (await view(request, action="ping", token="t")).status_code == 413
     assert asked == [11, 11, 11]
+
+
+async def test_a_body_that_middleware_consumed(settings) -> None:
+    """Nothing is published in its place."""
+    request = AsyncRequestFactory().post("/", {"a": "1"})
+    assert request.POST["a"] == "1"
+    with pytest.raises(RawPostDataException):
+        await EventSourceView.as_view()(request, action="ping", token="t")
+    assert get_history().heads(["t"])[0] == {}
 
 
 async def test_a_failing_layer_for_a_live_only_event(
