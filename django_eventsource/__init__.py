@@ -1,6 +1,8 @@
 """Server-sent events for Django."""
 
+from .control import aclose_streams, close_streams
+from .presence import alisteners, listeners
 from .publishing import apublish, publish
 
 __version__ = "0.1.0"
-__all__ = ["apublish", "publish"]
+__all__ = ["aclose_streams", "alisteners", "apublish", "close_streams", "listeners", "publish"]

@@ -8,11 +8,23 @@ from django.contrib import admin
 from django.db.models import QuerySet
 from django.http import HttpRequest
 
-from .models import FLOOR_KEY, PendingEvent, StoredEvent, TokenHead
+from .history import get_history
+from .models import (
+    FLOOR_KEY,
+    PendingEvent,
+    ProcessLease,
+    StoredEvent,
+    TokenHead,
+    TokenPresence,
+)
 
 
 class ReadOnlyAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     """Nobody writes history by hand."""
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        """Look where the history is, whatever a database router says."""
+        return super().get_queryset(request).using(get_history().using)
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
@@ -54,3 +66,19 @@ class PendingEventAdmin(ReadOnlyAdmin):
     list_display = ["token", "action", "created"]
     fields = ["token", "event_id", "action", "kind", "text", "created"]
     readonly_fields = ["text"]
+
+
+@admin.register(ProcessLease)
+class ProcessLeaseAdmin(ReadOnlyAdmin):
+    """The processes that say who listens in them."""
+
+    list_display = ["process", "until"]
+
+
+@admin.register(TokenPresence)
+class TokenPresenceAdmin(ReadOnlyAdmin):
+    """The listeners of each token in each process."""
+
+    list_display = ["token", "lease", "listeners"]
+    list_select_related = ["lease"]
+    search_fields = ["token"]

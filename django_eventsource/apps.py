@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from django.apps import AppConfig
+from django.contrib.auth.signals import user_logged_out
 from django.core import checks
 from django.db import connections, router
 from django.db.models.signals import post_migrate
 from django.utils.translation import gettext_lazy as _
 
-from .checks import check_processes, check_server, check_settings
+from .checks import check_handover, check_processes, check_server, check_settings
+from .control import on_logout
 
 
 class EventSourceConfig(AppConfig):
@@ -24,7 +26,9 @@ class EventSourceConfig(AppConfig):
         checks.register(check_settings, "eventsource")
         checks.register(check_server, "eventsource")
         checks.register(check_processes, "eventsource")
+        checks.register(check_handover, "eventsource")
         post_migrate.connect(self.prepare, sender=self)
+        user_logged_out.connect(on_logout, dispatch_uid="django_eventsource")
 
     def prepare(self, using: str, **kwargs: Any) -> None:
         """Set the floor in the migrated or emptied database, if the tables are there."""

@@ -10,7 +10,9 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning  # noqa: A004
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import get_commands
+from django.utils.module_loading import import_string
 
+from .asgi import Handover
 from .conf import PROPERTIES, conf
 from .history import make_history
 from .layers import get_layer, is_process_local
@@ -88,5 +90,29 @@ def check_server(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessag
                 "in INSTALLED_APPS so that `manage.py runserver` serves it."
             ),
             id="eventsource.W001",
+        )
+    ]
+
+
+def check_handover(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:
+    """Warn when the project's ASGI application serves streams inside of Django."""
+    path = getattr(settings, "ASGI_APPLICATION", None)
+    if not path:
+        return []  # reported by check_server
+    try:
+        import_string(path)
+    except Exception:  # noqa: BLE001
+        return []  # whoever serves it will say why
+    if Handover.made:
+        return []
+    return [
+        Warning(
+            "The ASGI application does not hand streams over: each costs about three times "
+            "the memory, and daphne buffers without bound for a listener that does not read.",
+            hint=(
+                "In asgi.py: from django_eventsource.asgi import Handover; "
+                "application = Handover(get_asgi_application())"
+            ),
+            id="eventsource.W004",
         )
     ]

@@ -113,6 +113,71 @@ class Conf:
         """``EVENTSOURCE_STREAM_BUFFER_BYTES``: what one stream may hold back for its reader."""
         return _positive_int("EVENTSOURCE_STREAM_BUFFER_BYTES", 256 * 1024) or 0
 
+    @property
+    def stream_stall_seconds(self) -> float | None:
+        """``EVENTSOURCE_STREAM_STALL_SECONDS``: how long a reader may take nothing."""
+        return _positive("EVENTSOURCE_STREAM_STALL_SECONDS", 30.0)
+
+    @property
+    def stream_max_age_seconds(self) -> float | None:
+        """``EVENTSOURCE_STREAM_MAX_AGE_SECONDS``: how long a stream may be open."""
+        return _positive("EVENTSOURCE_STREAM_MAX_AGE_SECONDS", 3600.0)
+
+    @property
+    def stream_max_tokens(self) -> int:
+        """``EVENTSOURCE_STREAM_MAX_TOKENS``: how many tokens one stream may carry."""
+        return _positive_int("EVENTSOURCE_STREAM_MAX_TOKENS", 16) or 0
+
+    @property
+    def recheck_seconds(self) -> float | None:
+        """``EVENTSOURCE_RECHECK_SECONDS``: time between two looks at a listener's rights."""
+        return _positive("EVENTSOURCE_RECHECK_SECONDS", 60.0)
+
+    @property
+    def presence_seconds(self) -> float | None:
+        """``EVENTSOURCE_PRESENCE_SECONDS``: how old a list of listeners may be, or ``None``."""
+        return _positive("EVENTSOURCE_PRESENCE_SECONDS", 5.0)
+
+    @property
+    def max_streams(self) -> int | None:
+        """``EVENTSOURCE_MAX_STREAMS``: streams of one process."""
+        return _positive_int("EVENTSOURCE_MAX_STREAMS", None, or_none=True)
+
+    @property
+    def max_streams_per_token(self) -> int | None:
+        """``EVENTSOURCE_MAX_STREAMS_PER_TOKEN``: the same for each token."""
+        return _positive_int("EVENTSOURCE_MAX_STREAMS_PER_TOKEN", None, or_none=True)
+
+    @property
+    def max_streams_per_user(self) -> int | None:
+        """``EVENTSOURCE_MAX_STREAMS_PER_USER``: the same for each user."""
+        return _positive_int("EVENTSOURCE_MAX_STREAMS_PER_USER", None, or_none=True)
+
+    @property
+    def max_streams_per_address(self) -> int | None:
+        """``EVENTSOURCE_MAX_STREAMS_PER_ADDRESS``: the same for each client address."""
+        return _positive_int("EVENTSOURCE_MAX_STREAMS_PER_ADDRESS", None, or_none=True)
+
+    @property
+    def send_rate(self) -> tuple[int, float] | None:
+        """``EVENTSOURCE_SEND_RATE``: events, and seconds in which one sender may post them."""
+        name = "EVENTSOURCE_SEND_RATE"
+        value = _get(name, None)
+        if value is None:
+            return None
+        expected = "None or a pair of positive numbers, (events, seconds)"
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise number_error(name, value, expected)
+        events, seconds = value
+        try:
+            check_positive(name, events, or_none=False)
+            check_positive(name, seconds, or_none=False)
+        except ImproperlyConfigured:
+            raise number_error(name, value, expected) from None
+        if not isinstance(events, int):
+            raise number_error(name, value, expected)
+        return events, float(seconds)
+
 
 PROPERTIES = [name for name, value in vars(Conf).items() if isinstance(value, property)]
 

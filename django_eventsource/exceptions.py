@@ -34,6 +34,17 @@ class NotAuthenticated(EventSourceError):
     """The request carries no usable credentials: the answer is 401."""
 
 
+class RateLimited(EventSourceError):
+    """The sender posted too much: the answer is 429.
+
+    ``retry_after`` says in how many seconds it may post again.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        self.retry_after = retry_after
+        super().__init__(f"Too many events; the next one is taken in {retry_after} s.")
+
+
 class DeliveryFailed(EventSourceError):
     """A live-only event did not reach the channel layer; it is lost.
 

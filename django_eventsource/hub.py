@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 from django.core.exceptions import ImproperlyConfigured
 
 from .conf import conf
-from .feeds import Feed, Subscriber
+from .feeds import Feed
 from .history import History, Slice, get_history
-from .layers import MESSAGE_TYPE, is_process_local, make_hub_layer
+from .layers import MESSAGE_TYPE, is_process_local
+from .membership import PROBE_TYPE, Membership
+from .subscribers import Subscriber, share_of
 from .tokens import group_name
 
 logger = logging.getLogger("django_eventsource.hub")
@@ -35,10 +37,8 @@ REORDER_SECONDS = 0.02
 """How long a gap may be nothing but messages that overtook each other."""
 JOIN_SECONDS = 1.0
 """How long a new stream waits for its token's group before it reads the history."""
-LAYER_SECONDS = 10.0
-"""How long one call of the channel layer may take."""
-REJOIN_SECONDS = 600.0
-"""Time between group joins: layers forget members, after 60 s or a day."""
+UNHEARD_CHECKS = 2
+"""Head checks in a row that find what a shared layer did not bring, before joining again."""
 BACK_OFF_SECONDS = (0.5, 1, 2, 5, 10)
 
 
@@ -47,19 +47,16 @@ class Hub:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.layer = make_hub_layer()
         self._feeds: dict[str, Feed] = {}
         self._by_group: dict[str, Feed] = {}
-        self._channel: str | None = None
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._keepalives: dict[float, set[Subscriber]] = {}
-        self._naming = asyncio.Lock()
-        self._membership = asyncio.Lock()
         self._pruning: asyncio.Task[None] | None = None
         self._checked_at = time.monotonic()
-        self._start(self._receive())
-        self._start(self._tend())
+        self._membership = Membership(self.start, self._by_group)
+        self._receiving = self.start(self._receive())
+        self.start(self._tend())
 
     @property
     def history(self) -> History:
@@ -68,33 +65,41 @@ class Hub:
 
     # For streams
 
-    async def subscribe(self, token: str, subscriber: Subscriber) -> None:
-        """Join the token's group and start feeding the subscriber."""
-        feed = self._feeds.get(token)
-        if feed is None:
-            feed = self._feeds[token] = Feed(token, group_name(token), self._wake.set)
-            self._by_group[feed.group] = feed
-        feed.add(subscriber)
+    async def subscribe(self, subscriber: Subscriber) -> None:
+        """Join the groups of the subscriber's tokens and start feeding it."""
+        joins = set()
+        for subscription in subscriber.subscriptions:
+            if subscription.finished:
+                continue
+            token = subscription.token
+            feed = self._feeds.get(token)
+            if feed is None:
+                feed = self._feeds[token] = Feed(token, group_name(token), self._wake.set)
+                self._by_group[feed.group] = feed
+            feed.add(subscription)
+            if not feed.joined:
+                joins.add(self._membership.begin_join(feed))
+            elif feed.last is not None:
+                # The feed passes on all that is newer than this: nothing needs to be read.
+                subscription.go_live()
         self._keep_alive(subscriber)
-        if not feed.joined:
+        if joins:
             # A layer that hangs delays a stream, and the head check makes up for it.
-            await asyncio.wait({self._begin_join(feed)}, timeout=JOIN_SECONDS)
-        elif feed.last is not None:
-            # The feed passes on all that is newer than this: nothing needs to be read.
-            subscriber.go_live()
+            await asyncio.wait(joins, timeout=JOIN_SECONDS)
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Stop feeding the subscriber. Does no harm when repeated."""
-        if subscriber.feed is not None:
-            subscriber.feed.remove(subscriber)
-            self._keepalives.get(subscriber.keepalive_seconds or 0, set()).discard(subscriber)
+        for subscription in subscriber.subscriptions:
+            if subscription.feed is not None:
+                subscription.feed.remove(subscription)
+        self._keepalives.get(subscriber.keepalive_seconds or 0, set()).discard(subscriber)
 
     async def read(self, token: str, after: int) -> Slice:
         """Read from the history, outside of any request's context.
 
         A request's context would give every stream a thread of its own to read in.
         """
-        budget = conf.stream_buffer_bytes
+        budget = share_of(conf.stream_buffer_bytes)
         return await self._run(self.history.aread(token, after, max_bytes=budget))
 
     # For publishers
@@ -106,34 +111,37 @@ class Hub:
 
     def _deliver(self, group: str, message: dict[str, Any]) -> None:
         if group in self._by_group:
-            self._start(self.layer.group_send(group, message))
+            self.start(self._membership.layer.group_send(group, message))
 
     # The receive task
 
     async def _receive(self) -> None:
         """Receive for ever. Never cancelled to do something else: that loses messages."""
         failures = 0
+        membership = self._membership
         while True:
             try:
-                message = await self.layer.receive(await self._get_channel())
-            except Exception:
-                logger.exception("The channel layer failed to receive; trying again.")
+                message = await membership.layer.receive(await membership.get_channel())
+            except Exception as error:
+                if is_idle_timeout(error):
+                    logger.debug("The channel layer's socket_timeout ended a wait.")
+                    continue
+                # Once, and then every ten seconds: a broker may be away for long.
+                level = logging.DEBUG if 0 < failures < len(BACK_OFF_SECONDS) else logging.ERROR
+                logger.log(
+                    level, "The channel layer failed to receive; trying again.", exc_info=error
+                )
                 await self._back_off(failures)
                 failures += 1
-                self._rejoin()
+                membership.forget()
+                self._wake.set()
                 continue
             failures = 0
+            membership.hear()
             try:
                 self._dispatch(message)
             except Exception:
                 logger.exception("A channel-layer message could not be passed on.")
-
-    async def _get_channel(self) -> str:
-        # Two who ask at once must not get two: one would be received on, the other joined.
-        async with self._naming:
-            if self._channel is None:
-                self._channel = await self.layer.new_channel("eventsource")
-            return self._channel
 
     def _dispatch(self, message: Any) -> None:
         match message:
@@ -147,6 +155,8 @@ class Hub:
                 feed = self._by_group.get(group)
                 if feed is not None:
                     feed.receive(seq, frame, finish)
+            case {"type": str(kind)} if kind == PROBE_TYPE:
+                pass
             case _:
                 logger.warning("Skipped a channel-layer message that is not ours: %.200r", message)
 
@@ -156,21 +166,18 @@ class Hub:
         """Check heads, close gaps, keep memberships: again and again."""
         failures = 0
         check_at = time.monotonic()
-        rejoin_at = check_at + REJOIN_SECONDS
         prune_at = check_at + self._prune_seconds()
         while True:
             try:
                 await self._rest(check_at)
-                self._join_missing()
+                self._membership.join_missing()
                 await self._close_gaps()
                 now = time.monotonic()
                 if now >= check_at:
                     await self._check_heads()
                     await self.history.arelease()
+                    self._check_layer()
                     check_at = time.monotonic() + self._poll_seconds()
-                if now >= rejoin_at:
-                    rejoin_at = now + REJOIN_SECONDS
-                    self._rejoin()
                 if now >= prune_at:
                     self._begin_prune()
                     prune_at = now + self._prune_seconds()
@@ -195,6 +202,13 @@ class Hub:
             seconds = POLL_SECONDS_LOCAL if is_process_local() else POLL_SECONDS_SHARED
         return seconds
 
+    def _check_layer(self) -> None:
+        if self._membership.check(shared=not is_process_local()):
+            self._receiving.cancel()
+            self._membership.replace()
+            self._receiving = self.start(self._receive())
+            self._wake.set()
+
     async def _close_gaps(self) -> None:
         for feed in [feed for feed in self._feeds.values() if feed.has_gap]:
             await self._repair(feed)
@@ -202,22 +216,33 @@ class Hub:
     async def _check_heads(self) -> None:
         self._leave_empty()
         known = {feed: feed.last for feed in self._feeds.values() if feed.last is not None}
-        heads, floor = await self.history.aheads([feed.token for feed in known])
+        heads = await self.history.aheads([feed.token for feed in known])
         # An event cannot have come, been trimmed and been forgotten in less time.
-        certain = time.monotonic() - self._checked_at < self.history.token_max_age
+        recent = time.monotonic() - self._checked_at < self.history.token_max_age
         self._checked_at = time.monotonic()
         for feed, last in known.items():
-            head = heads.get(feed.token)
-            if head is None:
-                feed.raise_to(floor, certain=certain)
-            elif feed.compare(last, head):
-                await self._repair(feed)
+            head = heads[feed.token]
+            before, feed.epoch = feed.epoch, head.epoch
+            if head.life:
+                if feed.compare(last, head.seq):
+                    await self._repair(feed)
+                    self._count_unheard(feed)
+            elif before not in (None, head.epoch):
+                feed.restart(head.seq)
+            else:
+                feed.raise_to(head.seq, certain=recent and (before is not None or not head.epoch))
+
+    def _count_unheard(self, feed: Feed) -> None:
+        feed.unheard += 1
+        if feed.unheard >= UNHEARD_CHECKS and not is_process_local():
+            feed.joined = False  # the broker may have forgotten the group
+            self._wake.set()
 
     async def _repair(self, feed: Feed) -> None:
         """Pass on what the layer did not bring. A failure is this feed's alone."""
         more = True
         try:
-            while more and feed.subscribers and feed.last is not None:
+            while more and feed.subscriptions and feed.last is not None:
                 after = feed.last
                 slice_ = await self.history.aread(
                     feed.token, after, max_bytes=conf.stream_buffer_bytes
@@ -229,7 +254,7 @@ class Hub:
 
     def _begin_prune(self) -> None:
         if self._pruning is None or self._pruning.done():
-            self._pruning = self._start(self._prune())
+            self._pruning = self.start(self._prune())
 
     async def _prune(self) -> None:
         try:
@@ -237,46 +262,10 @@ class Hub:
         except Exception:
             logger.exception("Pruning the history failed; trying again.")
 
-    # Membership
-
-    def _begin_join(self, feed: Feed) -> asyncio.Task[None]:
-        """Join a feed's group in a task: a layer that hangs holds up nothing else."""
-        if feed.joining is None or feed.joining.done():
-            feed.joining = self._start(self._join(feed))
-        return feed.joining
-
-    async def _join(self, feed: Feed) -> None:
-        try:
-            async with self._membership, asyncio.timeout(LAYER_SECONDS):
-                await self.layer.group_add(feed.group, await self._get_channel())
-            feed.joined = True
-        except Exception:
-            # The head check brings what the layer does not; the next one joins again.
-            logger.exception("Could not join a channel-layer group; trying again.")
-
-    def _join_missing(self) -> None:
-        for feed in self._feeds.values():
-            if not feed.joined:
-                self._begin_join(feed)
-
-    def _rejoin(self) -> None:
-        for feed in self._feeds.values():
-            feed.joined = False
-        self._wake.set()
-
     def _leave_empty(self) -> None:
-        for feed in [feed for feed in self._feeds.values() if not feed.subscribers]:
+        for feed in [feed for feed in self._feeds.values() if not feed.subscriptions]:
             del self._feeds[feed.token], self._by_group[feed.group]
-            self._start(self._leave(feed.group))
-
-    async def _leave(self, group: str) -> None:
-        try:
-            async with self._membership, asyncio.timeout(LAYER_SECONDS):
-                if group not in self._by_group:
-                    await self.layer.group_discard(group, await self._get_channel())
-        except Exception:
-            # Messages for a group without listeners are skipped.
-            logger.warning("Could not leave a channel-layer group.", exc_info=True)
+            self.start(self._membership.leave(feed.group))
 
     # Keepalives: one timer for all streams with the same interval
 
@@ -301,7 +290,7 @@ class Hub:
 
     # Running
 
-    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task of the hub's own, in no request's context."""
         task = self.loop.create_task(work, context=_nobodys())
         self._tasks.add(task)
@@ -309,7 +298,7 @@ class Hub:
         return task
 
     async def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return await self._start(work)
+        return await self.start(work)
 
     def _prune_seconds(self) -> float:
         try:
@@ -325,6 +314,14 @@ class Hub:
     async def _back_off(self, failures: int) -> None:
         seconds = BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)]
         await asyncio.sleep(seconds * random.uniform(0.5, 1))  # noqa: S311
+
+
+def is_idle_timeout(error: Exception) -> bool:
+    """Tell whether a receive only waited for longer than redis-py's ``socket_timeout``.
+
+    redis-py 8 has one of 5 s by default, and its own class for it.
+    """
+    return isinstance(error, TimeoutError) or type(error).__name__ == "TimeoutError"
 
 
 def _nobodys() -> contextvars.Context:

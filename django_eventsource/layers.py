@@ -2,7 +2,8 @@
 
 A layer is *process-local* when only this process receives what it sends: Channels'
 in-memory layer, which also serves where none is configured. It is bound to one event
-loop, so each hub has an instance of its own.
+loop, so each hub has an instance of its own; of any other layer too, so that it can take a
+new one when the old one is deaf.
 """
 
 from __future__ import annotations
@@ -45,10 +46,7 @@ def is_process_local() -> bool:
 
 
 def make_hub_layer() -> BaseChannelLayer:
-    """Give a hub its layer: the shared one, or an in-memory one of its own."""
-    layer = get_layer()
-    if layer is None:
+    """Give a hub a layer of its own."""
+    if get_layer() is None:
         return InMemoryChannelLayer(capacity=LOCAL_CAPACITY)
-    if isinstance(layer, InMemoryChannelLayer):
-        return channel_layers.make_backend(conf.channel_layer)
-    return layer
+    return channel_layers.make_backend(conf.channel_layer)

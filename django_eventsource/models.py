@@ -2,7 +2,8 @@
 
 :class:`TokenHead` says where a token's history stands, :class:`StoredEvent` is the
 history, :class:`PendingEvent` the outbox of transactions that have committed but whose
-events have no sequence number yet.
+events have no sequence number yet. :class:`ProcessLease` and :class:`TokenPresence` say
+who listens.
 """
 
 from __future__ import annotations
@@ -103,6 +104,48 @@ class PendingEvent(EventFields):
 
     def __str__(self) -> str:
         return f"{self.action} (pending)"
+
+
+class ProcessLease(models.Model):
+    """Until when the listeners of one process count. The row's lock orders its changes."""
+
+    key = models.CharField(max_length=32, unique=True, editable=False)
+    process = models.CharField(_("process"), max_length=255)
+    # By the database's own clock, and in UTC, whatever USE_TZ says.
+    until = models.DateTimeField(_("valid until"), db_index=True)
+
+    class Meta:
+        default_permissions = ("view",)
+        verbose_name = _("process")
+        verbose_name_plural = _("processes")
+
+    def __str__(self) -> str:
+        return self.process
+
+
+class TokenPresence(models.Model):
+    """The listeners of one token in one process."""
+
+    # The lease's row is deleted only after these; the database checks it.
+    lease = models.ForeignKey(
+        ProcessLease, models.DO_NOTHING, related_name="tokens", db_index=False
+    )
+    key = models.CharField(max_length=32, db_index=True, editable=False)
+    token = models.CharField(_("token"), max_length=255)
+    listeners = models.PositiveIntegerField(_("listeners"))
+    # Text, since PostgreSQL's JSON cannot hold every string. How often each identity is there.
+    identities = models.TextField(_("identities"))
+
+    class Meta:
+        default_permissions = ("view",)
+        verbose_name = _("presence")
+        verbose_name_plural = _("presences")
+        constraints = [
+            models.UniqueConstraint(fields=["lease", "key"], name="eventsource_lease_key"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.token} ({self.listeners})"
 
 
 def set_floor(using: str, **kwargs: Any) -> None:

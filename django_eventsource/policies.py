@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import base64
+import math
+import time
 from typing import Any, Protocol
 
 from asgiref.sync import sync_to_async
 from django.contrib.auth import aauthenticate
+from django.core.cache import cache
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest
 from django.middleware.csrf import CsrfViewMiddleware
 
-from .exceptions import InvalidGrant, NotAuthenticated
+from .conf import conf
+from .exceptions import InvalidGrant, NotAuthenticated, RateLimited
 from .grants import Grant, read_grant
+from .tokens import token_key
 
 LISTEN_PERMISSION = "django_eventsource.listen_event"
 SEND_PERMISSION = "django_eventsource.send_event"
+
+USER = "_eventsource_user"
+"""The request's attribute that holds the user who came by HTTP Basic."""
+OPENED = "_eventsource_opened"
+"""The one that holds when its stream began, where an open stream is checked again."""
 
 
 class Policy(Protocol):
@@ -23,7 +33,12 @@ class Policy(Protocol):
 
     Both hooks may raise ``PermissionDenied`` (the answer is 403) or
     :class:`~django_eventsource.exceptions.NotAuthenticated` (401) with the reason as
-    text. ``False`` means 403 for a logged-in user, else 401.
+    text. ``False`` means 403 for a logged-in user, else 401. ``can_send`` may raise
+    :class:`~django_eventsource.exceptions.RateLimited` (429).
+
+    ``can_listen`` is asked again every ``EVENTSOURCE_RECHECK_SECONDS`` while the stream is
+    open. A policy may have a third method, ``async def identify(self, request) -> str``,
+    which gives the id of the user; without it :func:`identify` does.
     """
 
     async def can_listen(self, request: HttpRequest, token: str) -> bool:
@@ -40,6 +55,7 @@ class AllowAny:
         return True
 
     async def can_send(self, request: HttpRequest, token: str, action: str) -> bool:
+        await check_rate(request)
         return True
 
 
@@ -61,13 +77,16 @@ class DefaultPolicy:
     async def can_send(self, request: HttpRequest, token: str, action: str) -> bool:
         grant = find_grant(request)
         if grant is not None:
-            return check_grant(grant, token, grant.send, "send to")
-        user = await basic_user(request)
-        if user is None:
-            user = await session_user(request)
-            if user is not None:
-                await check_csrf(request)
-        return await has_permission(user, SEND_PERMISSION)
+            check_grant(grant, token, grant.send, "send to")
+        else:
+            user = await basic_user(request)
+            if user is None:
+                user = await session_user(request)
+                if user is not None:
+                    await check_csrf(request)
+            await has_permission(user, SEND_PERMISSION)
+        await check_rate(request)
+        return True
 
 
 def find_grant(request: HttpRequest) -> Grant | None:
@@ -81,7 +100,7 @@ def find_grant(request: HttpRequest) -> Grant | None:
     if not text:
         return None
     try:
-        return read_grant(text.strip())
+        return read_grant(text.strip(), getattr(request, OPENED, None))
     except InvalidGrant as error:
         raise NotAuthenticated(str(error)) from error
 
@@ -91,7 +110,7 @@ def check_grant(grant: Grant, token: str, right: bool, verb: str) -> bool:
 
     :raises PermissionDenied: when it does not.
     """
-    if grant.token != token:
+    if token not in grant.tokens:
         raise PermissionDenied("The grant is for another token.")
     if not right:
         raise PermissionDenied(f"The grant does not allow to {verb} this token.")
@@ -113,10 +132,58 @@ async def basic_user(request: HttpRequest) -> Any:
     if "\0" in credentials:
         raise NotAuthenticated("The HTTP Basic credentials hold NUL.")
     name, _, password = credentials.partition(":")
+    known = getattr(request, USER, None)
+    if known is not None and hasattr(request, OPENED):
+        return await _same_user(known)
     user = await aauthenticate(request, username=name, password=password)
     if user is None:
         raise NotAuthenticated("Wrong user name or password.")
+    setattr(request, USER, user)
     return user
+
+
+async def _same_user(known: Any) -> Any:
+    """Look at a user again who gave a password when the stream began.
+
+    :raises NotAuthenticated: when there is no such user any more, or the password is new.
+    """
+    user = await type(known)._default_manager.filter(pk=known.pk).afirst()
+    if user is None or not user.is_active or user.password != known.password:
+        raise NotAuthenticated("The user or the password has changed.")
+    return user
+
+
+async def identify(request: HttpRequest) -> str:
+    """Give the id of the user that a request comes from: the text of its primary key.
+
+    Empty where there is none, as with a grant alone.
+    """
+    user = getattr(request, USER, None) or await session_user(request)
+    return "" if user is None else str(user.pk)
+
+
+async def check_rate(request: HttpRequest) -> None:
+    """Count a post against ``EVENTSOURCE_SEND_RATE``: of the user, else of the address.
+
+    The count is kept in Django's default cache.
+
+    :raises RateLimited: when there were too many.
+    """
+    rate = conf.send_rate
+    if rate is None:
+        return
+    most, seconds = rate
+    now = time.time()
+    window = int(now // seconds)
+    who = await identify(request) or f"@{request.META.get('REMOTE_ADDR', '')}"
+    key = f"django_eventsource.rate.{token_key(who)}.{window}"
+    await cache.aadd(key, 0, timeout=2 * seconds + 1)
+    try:
+        count = await cache.aincr(key)
+    except ValueError:
+        return  # the cache has dropped it just now
+    if count > most:
+        raise RateLimited(math.ceil((window + 1) * seconds - now))
 
 
 async def session_user(request: HttpRequest) -> Any:

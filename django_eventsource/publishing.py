@@ -20,6 +20,7 @@ from .exceptions import DeliveryFailed, UnknownAction
 from .history import Draft, Entry, get_history
 from .hub import hubs
 from .layers import MESSAGE_TYPE, get_layer, is_process_local
+from .signals import event_published
 from .tokens import check_token, group_name
 
 logger = logging.getLogger("django_eventsource.publishing")
@@ -48,13 +49,7 @@ def publish(
     :raises DeliveryFailed: when a live-only event did not reach the channel layer.
     """
     event_class = conf.event_class if event_class is None else check_event_class(event_class)
-    event = make_event(token, action, value, event_class)
-    draft = Draft.of(event)
-    if is_durable(event_class):
-        _publish_durable(event, draft)
-    else:
-        _publish_live(event, draft)
-    return event
+    return publish_event(make_event(token, action, value, event_class))
 
 
 async def apublish(
@@ -62,6 +57,16 @@ async def apublish(
 ) -> Event:
     """Await :func:`publish`, which runs in Django's thread for synchronous work."""
     return await sync_to_async(publish)(token, action, value, event_class)
+
+
+def publish_event(event: Event) -> Event:
+    """Publish an event that is checked."""
+    draft = Draft.of(event)
+    if is_durable(type(event)):
+        _publish_durable(event, draft)
+    else:
+        _publish_live(event, draft)
+    return event
 
 
 def make_event(token: str, action: str, value: Any, event_class: type[Event]) -> Event:
@@ -93,13 +98,24 @@ def _append(event: Event, append: Callable[[], list[Entry]]) -> None:
             # Not lost: every hub finds it in the history at its next head check. And not
             # the caller's: its transaction has committed, though it may be cancelled.
             logger.warning("The channel layer failed; listeners wait longer.", exc_info=True)
+    _tell(event)
+
+
+def _send_and_tell(event: Event, send: Callable[[], None]) -> None:
+    send()
+    _tell(event)
+
+
+def _tell(event: Event) -> None:
+    """Send the signal. Its receivers are not the publisher's: what they raise is logged."""
+    event_published.send_robust(type(event), event=event)
 
 
 def _publish_live(event: Event, draft: Draft) -> None:
     using = get_history().using
     send = partial(_send, event.token, None, draft.frame(), event.action == event.FINISH)
     if _in_transaction(using):
-        _on_commit(send, using)
+        _on_commit(partial(_send_and_tell, event, send), using)
         return
     try:
         send()
@@ -108,6 +124,7 @@ def _publish_live(event: Event, draft: Draft) -> None:
             f"The event for {event.token!r} did not reach the channel layer ({error!r}). "
             "It is live only and was not stored."
         ) from error
+    _tell(event)
 
 
 def _in_transaction(using: str) -> bool:
@@ -129,7 +146,7 @@ def _in_transaction(using: str) -> bool:
     return False
 
 
-def _on_commit(work: Callable[[], None], using: str) -> None:
+def _on_commit(work: Callable[[], object], using: str) -> None:
     def run() -> None:
         try:
             work()

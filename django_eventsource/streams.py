@@ -6,17 +6,21 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from enum import StrEnum
+from types import MappingProxyType
 
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.db import connections
 from django.http import StreamingHttpResponse
 
 from .conf import conf
-from .feeds import Subscriber, reset_frame
+from .cursors import MARK
 from .frames import CONTENT_TYPE, encode_comment, encode_id, encode_retry
 from .history import Position
 from .hub import Hub, get_hub
+from .subscribers import Subscriber, Subscription, reset_frame, share_of
 
 logger = logging.getLogger("django_eventsource.streams")
 
@@ -27,8 +31,31 @@ HEADERS = {
 }
 
 BACK_OFF_SECONDS = (0.1, 0.5, 1, 2, 5)
+COME_BACK_MS = (500, 5_000)
+"""When listeners come back whose streams were ended: not all at once."""
 STALE_SECONDS = 0.05
 """Pause when the history shows less than the layer has brought already."""
+
+
+class Reason(StrEnum):
+    """Why a stream ended."""
+
+    FINISHED = "finished"
+    """Its tokens were closed."""
+    LEFT = "left"
+    """The listener hung up."""
+    AGE = "age"
+    """It was open for ``EVENTSOURCE_STREAM_MAX_AGE_SECONDS``."""
+    STALLED = "stalled"
+    """Its reader took nothing for ``EVENTSOURCE_STREAM_STALL_SECONDS``."""
+    CLOSED = "closed"
+    """``close_streams()`` ended it, or the user logged out."""
+    REFUSED = "refused"
+    """The policy, asked again, said no."""
+    SHUTDOWN = "shutdown"
+    """The server ends."""
+    FAILED = "failed"
+    """An error, which is logged."""
 
 
 class EventStream(AsyncIterator[bytes]):
@@ -43,10 +70,22 @@ class EventStream(AsyncIterator[bytes]):
     :param asked: the last event id it sent, if any.
     :param durable: commit the position as the listener's cursor at once.
     :param keepalive_seconds: longest silence, or ``None``.
+    :param others: the further tokens of the stream, and where the listener goes on there.
+    :param state: the application's state, encoded, which the stream begins with.
     """
 
-    _hub: Hub | None = None
-    _subscriber: Subscriber
+    __slots__ = (
+        "__weakref__",
+        "_failures",
+        "_hub",
+        "_opening",
+        "_subscriber",
+        "on_abort",
+        "on_close",
+        "reason",
+        "sending_since",
+        "token",
+    )
 
     def __init__(
         self,
@@ -56,50 +95,107 @@ class EventStream(AsyncIterator[bytes]):
         asked: str | None = None,
         durable: bool = True,
         keepalive_seconds: float | None = None,
+        others: Mapping[str, Position] = MappingProxyType({}),
+        state: bytes = b"",
     ) -> None:
         self.token = token
-        self._opening: bytes | None = opening(position, asked=asked, durable=durable)
-        self._subscriber = Subscriber(
-            position.seq,
-            buffer_bytes=conf.stream_buffer_bytes,
-            keepalive_seconds=keepalive_seconds,
-        )
+        self.reason: Reason | None = None
+        """Why it ended; ``None`` while it is open."""
+        self.sending_since: float | None = None
+        """Since when the server has been taking the last chunk, on the monotonic clock."""
+        self.on_close: Callable[[EventStream], None] | None = None
+        """Called once when it ends, in whatever thread that happens."""
+        self.on_abort: Callable[[], None] | None = None
+        """Called when :meth:`abort` ends it, by its event loop's thread."""
+        self._hub: Hub | None = None
         self._failures = 0
+        self._subscriber = Subscriber(
+            buffer_bytes=share_of(conf.stream_buffer_bytes),
+            keepalive_seconds=keepalive_seconds,
+            joined=bool(others),
+        )
+        positions = {token: position, **others}
+        for one, place in positions.items():
+            anew = place.cursor.endswith("+") and not place.closed
+            self._subscriber.add(one, place.seq, anew=anew, finished=place.closed)
+        self._opening: bytes | None = opening(
+            self._subscriber, positions, asked=asked, durable=durable, state=state
+        )
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens listened to."""
+        return [one.token for one in self._subscriber.subscriptions]
+
+    @property
+    def is_open(self) -> bool:
+        """Is it being served?"""
+        return self._hub is not None
 
     def __aiter__(self) -> EventStream:
         return self
 
     async def __anext__(self) -> bytes:
+        self.sending_since = None
+        self._subscriber.fly(0)
         try:
             chunk = await self._next()
         except BaseException as error:
-            self._close()
             if not isinstance(error, Exception):
-                raise  # cancelled: the listener has gone, or the server goes
+                self._close(Reason.LEFT)  # cancelled: the listener has gone, or the server goes
+                raise
             logger.exception("A stream of token %r failed and is ended.", self.token)
-            chunk = b""
+            self._close(Reason.FAILED)
+            raise StopAsyncIteration from None
         if not chunk:
-            self._close()
+            self._close(Reason.FINISHED)
             raise StopAsyncIteration
+        self._subscriber.fly(len(chunk))
+        self.sending_since = time.monotonic()
         return chunk
 
     async def aclose(self) -> None:
         """End the stream. Does no harm when repeated."""
-        self._close()
+        self._close(Reason.LEFT)
+
+    def end(self, reason: Reason, retry_ms: int | None = None) -> None:
+        """End the stream after what is buffered; from its event loop's thread.
+
+        :param retry_ms: tell the listener to come back after this time.
+        """
+        if self.reason is None:
+            self.reason = reason
+        self._subscriber.finish(b"" if retry_ms is None else encode_retry(retry_ms))
+
+    def abort(self, reason: Reason) -> None:
+        """End the stream at once, dropping what is buffered; from its event loop's thread."""
+        self._close(reason)
+        on_abort, self.on_abort = self.on_abort, None
+        if on_abort is not None:
+            on_abort()
 
     def __del__(self) -> None:
         # Middleware may drop the iterator without closing it, in any thread.
-        hub = self._hub
+        hub = getattr(self, "_hub", None)
         if hub is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 hub.loop.call_soon_threadsafe(hub.unsubscribe, self._subscriber)
+        on_close = getattr(self, "on_close", None)
+        if on_close is not None:
+            self.reason = self.reason or Reason.LEFT
+            on_close(self)
 
-    def _close(self) -> None:
+    def _close(self, reason: Reason) -> None:
+        if self.reason is None:
+            self.reason = reason
         hub, self._hub = self._hub, None
         if hub is not None:
             hub.unsubscribe(self._subscriber)
-        self._opening = None
+        self._opening = self.sending_since = None
         self._subscriber.end()
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close(self)
 
     async def _next(self) -> bytes:
         """Give the next bytes; none at the end."""
@@ -111,67 +207,116 @@ class EventStream(AsyncIterator[bytes]):
         hub = self._hub
         if hub is None:
             if subscriber.finished:
-                return b""
+                return subscriber.take()
             hub = self._hub = get_hub()
-            await hub.subscribe(self.token, subscriber)
+            await hub.subscribe(subscriber)
         while True:
             chunk = subscriber.take_loss()
-            if not subscriber.live:
-                chunk += await self._catch_up(hub)
-            else:
+            behind = subscriber.behind
+            if behind is None:
                 chunk += subscriber.take()
-            if chunk or (subscriber.finished and subscriber.live):
+            else:
+                chunk += await self._catch_up(hub, behind)
+            if chunk or (subscriber.finished and not subscriber.has_frames):
                 return chunk
             await subscriber.wait()
 
-    async def _catch_up(self, hub: Hub) -> bytes:
+    async def _catch_up(self, hub: Hub, behind: Subscription) -> bytes:
         """Read on from the history; where that fails, give what needs no history."""
         subscriber = self._subscriber
         try:
-            slice_ = await hub.read(self.token, subscriber.position)
+            slice_ = await hub.read(behind.token, behind.position)
         except Exception:
-            logger.exception("Reading the history of %r failed; trying again.", self.token)
+            logger.exception("Reading the history of %r failed; trying again.", behind.token)
             await asyncio.sleep(BACK_OFF_SECONDS[min(self._failures, len(BACK_OFF_SECONDS) - 1)])
             self._failures += 1
             return b"" if subscriber.finished else subscriber.take()
         self._failures = 0
-        chunk = subscriber.catch_up(slice_)
-        if not chunk and not subscriber.live:
+        if behind.live:
+            return b""  # ended meanwhile
+        # The ids of what other tokens have buffered are from before this place moves on.
+        chunk = subscriber.take() if subscriber.joined else b""
+        chunk += behind.catch_up(slice_)
+        if not chunk and not behind.live:
             await asyncio.sleep(STALE_SECONDS)
         return chunk
 
 
-class EventStreamResponse(StreamingHttpResponse):
-    """The response that carries a stream."""
+class Slot:
+    """Where the response of a stream leaves it for ``django_eventsource.asgi`` to serve."""
 
-    def __init__(self, stream: EventStream) -> None:
+    __slots__ = ("stream",)
+
+    KEY = "django_eventsource.slot"
+    """Its place in the ASGI scope."""
+
+    def __init__(self) -> None:
+        self.stream: EventStream | None = None
+
+
+class EventStreamResponse(StreamingHttpResponse):
+    """The response that carries a stream.
+
+    :param slot: where to leave the stream, instead of streaming inside of Django.
+    """
+
+    def __init__(self, stream: EventStream, slot: Slot | None = None) -> None:
         super().__init__(stream, headers=HEADERS)
         self._stream = stream
+        self._slot = slot
         self._unwrapped = self._iterator  # type: ignore[attr-defined]
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         # Two nested generators per chunk are most of what Django costs: skip them while
         # no middleware has put its own iterator around the stream.
-        if self._iterator is self._unwrapped:  # type: ignore[attr-defined]
+        if self._iterator is not self._unwrapped:  # type: ignore[attr-defined]
+            return super().__aiter__()
+        if self._slot is None:
             return self._stream
-        return super().__aiter__()
+        self._slot.stream = self._stream
+        return nothing()
 
 
-def opening(position: Position, *, asked: str | None, durable: bool) -> bytes:
+async def nothing() -> AsyncGenerator[bytes, None]:
+    """Give no chunk at all."""
+    none: tuple[bytes, ...] = ()
+    for chunk in none:
+        yield chunk
+
+
+def opening(
+    subscriber: Subscriber,
+    positions: Mapping[str, Position],
+    *,
+    asked: str | None,
+    durable: bool,
+    state: bytes = b"",
+) -> bytes:
     """Give the first bytes of a stream, sent at once.
 
-    The reconnection time if one is set, ``reset`` for a listener whose events are gone,
-    else for a durable class the listener's cursor, so that one that has seen nothing yet
-    resumes from where it joined.
+    The reconnection time if one is set, ``reset`` for each token whose events are gone for
+    the listener, the state, and the listener's cursor: for a durable class, so that one
+    that has seen nothing yet resumes from where it joined. The cursor comes last: who was
+    cut off before it has not got the state.
     """
     retry = conf.retry_ms
     first = b"" if retry is None else encode_retry(retry)
-    if not position.known:
-        reason = "expired" if asked and asked.rstrip("+").isdigit() else "unknown"
-        after = asked if reason == "expired" else None
-        return first + reset_frame(reason, after=after, resume=position.cursor)
+    cursor = subscriber.subscriptions[0].cursor
+    lost = [token for token, position in positions.items() if not position.known]
+    reason = "expired" if asked and asked.rstrip("+").isdigit() else "unknown"
+    if subscriber.joined and asked and asked.startswith(MARK):
+        reason = "expired"
+    for token in lost:
+        first += reset_frame(
+            reason,
+            after=asked if reason == "expired" else None,
+            resume=cursor,
+            token=token if subscriber.joined else None,
+            commit=not state,
+        )
+    first += state
     if durable or asked:
-        return first + encode_id(position.cursor)
+        return first if lost and not state else first + encode_id(cursor)
     return first + encode_comment("open")
 
 
@@ -181,7 +326,12 @@ def come_back_later() -> bytes:
     Any status but 200 would make a browser give up for good. The jitter spreads the
     listeners that come back.
     """
-    return encode_retry(random.randint(2_000, 10_000))  # noqa: S311
+    return encode_retry(jittered_ms(2_000, 10_000))
+
+
+def jittered_ms(least: int, most: int) -> int:
+    """Give a random time, so that listeners do not all come back at once."""
+    return random.randint(least, most)  # noqa: S311
 
 
 async def let_go() -> None:

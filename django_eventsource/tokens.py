@@ -11,6 +11,9 @@ from .exceptions import InvalidToken
 
 MAX_TOKEN_LENGTH = 255
 
+CONTROL_TOKEN = "\ufffdcontrol"  # noqa: S105
+"""The token on which the processes tell each other what to do. It is none that a user can name."""
+
 
 def check_token(token: str) -> str:
     """Give the token back if it is one: non-empty text of up to 255 characters.

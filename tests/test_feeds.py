@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from django_eventsource import feeds
-from django_eventsource.feeds import Feed, Subscriber, reset_frame
+from django_eventsource.feeds import Feed
 from django_eventsource.frames import KEEPALIVE, Decoder
 from django_eventsource.history import Entry, Kind, Slice
+from django_eventsource.subscribers import reset_frame
 from tests.histories import draft
+from tests.singles import Single
 
 
 def entry(seq: int, kind: Kind = Kind.EVENT) -> Entry:
@@ -32,15 +34,15 @@ def send(feed: Feed, seq: int | None, text: str = "", *, finish: bool = False) -
     return feed.has_gap
 
 
-def subscribe(feed: Feed, position: int = 10, *, size: int = 10_000) -> Subscriber:
+def subscribe(feed: Feed, position: int = 10, *, size: int = 10_000) -> Single:
     """A subscriber that has caught up at a place."""
-    subscriber = Subscriber(position, buffer_bytes=size, keepalive_seconds=None)
-    feed.add(subscriber)
+    subscriber = Single(position, buffer_bytes=size, keepalive_seconds=None)
+    feed.add(subscriber.only)
     subscriber.catch_up(read(last=position))
     return subscriber
 
 
-def got(subscriber: Subscriber) -> list[str]:
+def got(subscriber: Single) -> list[str]:
     """The data of all events that the stream would write now."""
     chunk = subscriber.take_loss() + subscriber.take()
     return [event.data for event in Decoder().feed(chunk)]
@@ -127,8 +129,8 @@ def test_events_held_are_bounded(feed: Feed, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_messages_before_the_first_catch_up_are_held(feed: Feed) -> None:
     """A feed that does not know its place yet loses nothing and reports no gap."""
-    subscriber = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
-    feed.add(subscriber)
+    subscriber = Single(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber.only)
     assert not send(feed, 12)
     assert subscriber.catch_up(read(11, last=11)) != b""
     assert subscriber.live
@@ -141,8 +143,8 @@ def test_messages_before_the_first_catch_up_are_held(feed: Feed) -> None:
 def test_a_subscriber_behind_reads_until_it_meets_the_feed(feed: Feed) -> None:
     """Live events are not buffered for one that is behind; it reads them."""
     subscribe(feed, 20)
-    late = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
-    feed.add(late)
+    late = Single(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(late.only)
     send(feed, 21)
     assert late.catch_up(read(11, 12, last=20)) == entry(11).frame() + entry(12).frame()
     assert not late.live
@@ -157,8 +159,8 @@ def test_a_subscriber_behind_reads_until_it_meets_the_feed(feed: Feed) -> None:
 def test_a_subscriber_ahead_of_the_feed_skips_what_it_has(feed: Feed) -> None:
     """One that read more than the layer brought gets nothing twice."""
     early = subscribe(feed, 10)
-    ahead = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
-    feed.add(ahead)
+    ahead = Single(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(ahead.only)
     ahead.catch_up(read(11, 12, last=12))
     assert ahead.live
     for seq in (11, 12, 13):
@@ -169,8 +171,8 @@ def test_a_subscriber_ahead_of_the_feed_skips_what_it_has(feed: Feed) -> None:
 
 def test_reading_what_is_gone_resets(feed: Feed) -> None:
     """A subscriber whose events were trimmed is told, and goes on live."""
-    subscriber = Subscriber(5, buffer_bytes=1000, keepalive_seconds=None)
-    feed.add(subscriber)
+    subscriber = Single(5, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber.only)
     chunk = subscriber.catch_up(read(last=30, complete=False))
     (event,) = Decoder().feed(chunk)
     assert (event.event, event.id) == ("reset", "30")
@@ -182,9 +184,9 @@ def test_reading_what_is_gone_resets(feed: Feed) -> None:
 
 def test_a_closed_subscriber_does_not_become_live(feed: Feed) -> None:
     """One that was removed while it read is left alone."""
-    subscriber = Subscriber(5, buffer_bytes=1000, keepalive_seconds=None)
-    feed.add(subscriber)
-    feed.remove(subscriber)
+    subscriber = Single(5, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber.only)
+    feed.remove(subscriber.only)
     subscriber.catch_up(read(last=5))
     assert not subscriber.live
 
@@ -204,8 +206,8 @@ def test_close_is_the_last_event(feed: Feed) -> None:
 
 def test_close_in_the_history_ends_the_catch_up(feed: Feed) -> None:
     """A replay stops at the close, though events follow; nothing buffered is sent."""
-    subscriber = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
-    feed.add(subscriber)
+    subscriber = Single(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber.only)
     send(feed, None, "live")
     entries = (entry(11), entry(12, Kind.FINISH), entry(13))
     chunk = subscriber.catch_up(Slice(entries=entries, complete=True, last=13))
@@ -283,8 +285,8 @@ def test_live_only_events_before_an_overflow_are_told(feed: Feed) -> None:
 
 def test_live_only_events_are_held_for_one_that_reads(feed: Feed) -> None:
     """They need no catching up, only room."""
-    subscriber = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
-    feed.add(subscriber)
+    subscriber = Single(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber.only)
     send(feed, None, "live")
     subscriber.catch_up(read(11, last=11))
     assert got(subscriber) == ["live"]
@@ -322,8 +324,8 @@ def test_a_head_asked_for_before_an_event_came_is_no_step_back(feed: Feed) -> No
 
 def test_a_gap_that_is_gone_resets_everybody(feed: Feed) -> None:
     """When the history lacks what the layer lost, the listeners are told."""
-    subscriber, other = subscribe(feed), Subscriber(3, buffer_bytes=100, keepalive_seconds=None)
-    feed.add(other)
+    subscriber, other = subscribe(feed), Single(3, buffer_bytes=100, keepalive_seconds=None)
+    feed.add(other.only)
     send(feed, 12)
     assert not feed.pass_on(10, read(last=50, complete=False))
     (event,) = Decoder().feed(subscriber.take())
@@ -337,8 +339,8 @@ def test_a_gap_that_is_gone_resets_everybody(feed: Feed) -> None:
 def test_a_listener_ahead_of_a_gap_is_not_taken_back(feed: Feed) -> None:
     """A reset for what others missed leaves alone who has it already."""
     subscribe(feed, 10)
-    ahead = Subscriber(30, buffer_bytes=1000, keepalive_seconds=None)
-    feed.add(ahead)
+    ahead = Single(30, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(ahead.only)
     ahead.catch_up(read(last=30))
     feed.pass_on(10, read(last=20, complete=False))
     assert ahead.take() == b""
@@ -358,8 +360,8 @@ def test_a_gap_is_reported(feed: Feed) -> None:
     """Whoever closes gaps is told at once, also of one found while catching up."""
     told = []
     feed = Feed("t", "g", lambda: told.append(1))
-    subscriber = Subscriber(10, buffer_bytes=1000, keepalive_seconds=None)
-    feed.add(subscriber)
+    subscriber = Single(10, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(subscriber.only)
     send(feed, 13)
     assert not told
     subscriber.catch_up(read(last=10))
@@ -383,8 +385,8 @@ def test_a_gap_that_the_history_cannot_close_is_not_asked_for_in_a_circle() -> N
 
 def test_nothing_follows_a_close_that_was_read(feed: Feed) -> None:
     """A loss that came about while the close was read is not told after it."""
-    subscriber = Subscriber(10, buffer_bytes=60, keepalive_seconds=None)
-    feed.add(subscriber)
+    subscriber = Single(10, buffer_bytes=60, keepalive_seconds=None)
+    feed.add(subscriber.only)
     for _ in range(3):
         send(feed, None, "x" * 40)
     assert subscriber._lost
@@ -433,7 +435,7 @@ def test_a_floor_says_nothing_to_a_feed_without_a_place(feed: Feed) -> None:
     feed.raise_to(40, certain=True)
     assert feed.last is None
     subscriber = subscribe(feed, 50)
-    subscriber.finished = True
+    subscriber.only.finished = True
     feed.raise_to(60, certain=True)
     assert subscriber.take() == b""
 
@@ -498,8 +500,8 @@ def test_whatever_the_layer_does_nothing_is_missing(data: st.DataObject) -> None
     total = data.draw(st.integers(1, 30))
     history = [entry(seq) for seq in range(1, total + 1)]
     feed = Feed("t", "g", lambda: None)
-    subscriber = Subscriber(0, buffer_bytes=120, keepalive_seconds=None)
-    feed.add(subscriber)
+    subscriber = Single(0, buffer_bytes=120, keepalive_seconds=None)
+    feed.add(subscriber.only)
     written = b""
     published = 0
 

@@ -9,19 +9,22 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from channels.layers import InMemoryChannelLayer
 
 from django_eventsource import hub as module
-from django_eventsource.feeds import Subscriber
+from django_eventsource import membership
 from django_eventsource.frames import KEEPALIVE, Decoder
-from django_eventsource.history import get_history
+from django_eventsource.history import Head, get_history
 from django_eventsource.hub import Hub, get_hub, hubs
 from django_eventsource.layers import MESSAGE_TYPE
+from django_eventsource.subscribers import Subscriber
 from django_eventsource.tokens import group_name
 from tests.histories import add, draft
+from tests.singles import Single
 
 pytestmark = pytest.mark.usefixtures("memory_history")
 
@@ -86,8 +89,8 @@ async def hub() -> Hub:
 
 
 def layer_of(hub: Hub) -> FaultyLayer:
-    assert isinstance(hub.layer, FaultyLayer)
-    return hub.layer
+    assert isinstance(hub._membership.layer, FaultyLayer)
+    return hub._membership.layer
 
 
 async def listen(
@@ -96,8 +99,8 @@ async def listen(
     """Subscribe, and catch up as a stream does."""
     if position is None:
         position = get_history().newest(token)[0]
-    subscriber = Subscriber(position, buffer_bytes=100_000, keepalive_seconds=keepalive)
-    await hub.subscribe(token, subscriber)
+    subscriber = Single(position, token=token, buffer_bytes=100_000, keepalive_seconds=keepalive)
+    await hub.subscribe(subscriber)
     while not subscriber.live:
         subscriber.catch_up(await hub.read(token, subscriber.position))
     return subscriber
@@ -281,14 +284,14 @@ async def test_listeners_of_an_empty_token_follow_the_floor(hub: Hub) -> None:
 
 async def test_a_second_listener_at_the_head_reads_nothing(hub: Hub) -> None:
     """Where a live feed stands, nothing needs to be read; before it is, it does."""
-    waiting = Subscriber(1, buffer_bytes=1000, keepalive_seconds=None)
-    await asyncio.gather(hub.subscribe("t", waiting), hub.subscribe("t", waiting))
-    await hub.subscribe("t", waiting)
+    waiting = Single(1, buffer_bytes=1000, keepalive_seconds=None)
+    await asyncio.gather(hub.subscribe(waiting), hub.subscribe(waiting))
+    await hub.subscribe(waiting)
     assert not waiting.live
     hub.unsubscribe(waiting)
     await listen(hub)
-    subscriber = Subscriber(hub.history.newest("t")[0], buffer_bytes=1000, keepalive_seconds=None)
-    await hub.subscribe("t", subscriber)
+    subscriber = Single(hub.history.newest("t")[0], buffer_bytes=1000, keepalive_seconds=None)
+    await hub.subscribe(subscriber)
     assert subscriber.live
 
 
@@ -327,7 +330,6 @@ async def test_a_message_that_breaks_something_is_logged(
 ) -> None:
     """One message's error never ends the receive task."""
     subscriber = await listen(hub)
-    monkeypatch.setattr(subscriber, "feed", subscriber.feed)
     broken = monkeypatch.context()
     with broken as patch:
         patch.setattr(hub, "_dispatch", lambda message: 1 / 0)
@@ -348,7 +350,7 @@ async def test_a_failing_layer_ends_no_stream(hub: Hub, caplog: pytest.LogCaptur
     layer.groups.clear()
     hub.deliver(group_name("t"), message("t", None, "wake"))
     await layer.group_send(group_name("t"), {})
-    await layer.send(hub._channel, message("t", None, "before"))
+    await layer.send(hub._membership.channel, message("t", None, "before"))
     assert await receive(subscriber, 1) == ["before"]
     await until(lambda: layer.fail["receive"] == 0 and group_name("t") in layer.groups)
     await until(lambda: subscriber.feed.joined)
@@ -402,9 +404,34 @@ async def test_a_failing_history_ends_no_stream(
     assert caplog.text.count("Reading the history of 't' failed; trying again.") == 2
 
 
+async def test_a_lost_store_is_told_to_who_has_seen_no_event(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a life there is only the epoch to tell that events may have come and gone."""
+    subscriber = await listen(hub)
+    real = get_history()
+    epoch = "one"
+
+    async def aheads(tokens: list[str]) -> dict[str, Head]:
+        return {token: replace(head, epoch=epoch) for token, head in real.heads(tokens).items()}
+
+    monkeypatch.setattr(real, "aheads", aheads)
+    await hub._check_heads()
+    await hub._check_heads()
+    assert subscriber.take() == b""
+    epoch = "two"
+    await hub._check_heads()
+    await hub._check_heads()
+    (event,) = Decoder().feed(subscriber.take())
+    assert event.event == "reset"
+    assert event.id == str(real.newest("t")[0])
+    add(real, "a")
+    assert await receive(subscriber, 1) == ["a"]
+
+
 async def test_groups_are_joined_again_on_a_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that forgot the member without any error learns of it again."""
-    monkeypatch.setattr(module, "REJOIN_SECONDS", 0.05)
+    monkeypatch.setattr(membership, "REJOIN_SECONDS", 0.05)
     hub = get_hub()
     await listen(hub)
     await until(lambda: len([c for c in layer_of(hub).calls if c[0] == "group_add"]) >= 3)
@@ -502,7 +529,9 @@ async def test_a_token_without_listeners_is_left(hub: Hub) -> None:
     await hub._check_heads()
     assert "t" in hub._feeds
     hub.unsubscribe(two)
-    await until(lambda: ("group_discard", group_name("t"), hub._channel) in layer_of(hub).calls)
+    await until(
+        lambda: ("group_discard", group_name("t"), hub._membership.channel) in layer_of(hub).calls
+    )
     await until(lambda: not layer_of(hub).groups)
     assert not hub._feeds
     assert not hub._by_group
@@ -511,7 +540,7 @@ async def test_a_token_without_listeners_is_left(hub: Hub) -> None:
 async def test_a_listener_that_comes_back_at_once_stays_a_member(hub: Hub) -> None:
     """Leaving and joining cannot overtake each other."""
     subscriber = await listen(hub)
-    channel = hub._channel
+    channel = hub._membership.channel
     hub.unsubscribe(subscriber)
     hub._leave_empty()
     again = await listen(hub)

@@ -35,12 +35,14 @@ def test_an_in_memory_layer_is_made_anew_for_each_hub(settings) -> None:
     assert layer.capacity == 7
 
 
-def test_a_shared_layer_is_used_as_it_is(settings) -> None:
-    """A layer that other processes hear is the one that the project has."""
+def test_a_shared_layer_is_made_anew_for_each_hub_too(settings) -> None:
+    """A hub can replace its instance without harm to the project's."""
     settings.CHANNEL_LAYERS = {"default": IN_MEMORY, "events": SHARED}
     settings.EVENTSOURCE_CHANNEL_LAYER = "events"
     assert not is_process_local()
-    assert make_hub_layer() is get_channel_layer("events")
+    layer = make_hub_layer()
+    assert isinstance(layer, SharedLayer)
+    assert layer is not get_channel_layer("events")
 
 
 def test_a_layer_that_cannot_be_made_is_named(settings) -> None:

@@ -11,7 +11,15 @@ from django.core.management import call_command
 from django.db import IntegrityError, connection, transaction
 from django.utils import timezone
 
-from django_eventsource.models import FLOOR_KEY, PendingEvent, StoredEvent, TokenHead, set_floor
+from django_eventsource.models import (
+    FLOOR_KEY,
+    PendingEvent,
+    ProcessLease,
+    StoredEvent,
+    TokenHead,
+    TokenPresence,
+    set_floor,
+)
 
 
 @pytest.fixture
@@ -40,6 +48,8 @@ def test_rows_name_themselves(head):
         "ping a",
     ]
     assert str(pending) == "ping (pending)"
+    assert str(ProcessLease(process="p")) == "p"
+    assert str(TokenPresence(token="42:42", listeners=3)) == "42:42 (3)"
 
 
 @pytest.mark.parametrize("text", ["", "a\nb\n", "ünï😀\u2028"], ids=ascii)
@@ -103,6 +113,8 @@ def test_permissions():
         "view_tokenhead",
         "view_storedevent",
         "view_pendingevent",
+        "view_processlease",
+        "view_tokenpresence",
     }
 
 

@@ -63,7 +63,14 @@ def stored(token: str = "t") -> list[str]:
 
 def test_the_public_names() -> None:
     """The package gives its two verbs."""
-    assert django_eventsource.__all__ == ["apublish", "publish"]
+    assert django_eventsource.__all__ == [
+        "aclose_streams",
+        "alisteners",
+        "apublish",
+        "close_streams",
+        "listeners",
+        "publish",
+    ]
 
 
 @real_commits
@@ -89,7 +96,7 @@ def test_publish_live_only(layer: SharedLayer, memory_history: Any) -> None:
     ((_, message),) = layer.sent
     assert (message["seq"], message["finish"]) == (None, True)
     assert message["frame"] == b"event: close\ndata: bye\n\n"
-    assert memory_history.heads(["t"])[0] == {}
+    assert not memory_history.heads(["t"])["t"].life
 
 
 def test_classes_may_be_mixed(layer: SharedLayer, memory_history: Any) -> None:
@@ -161,7 +168,7 @@ def test_bad_input_publishes_nothing(
     with pytest.raises(error, match=message):
         publish(*arguments)
     assert layer.sent == []
-    assert memory_history.heads(["t"])[0] == {}
+    assert not memory_history.heads(["t"])["t"].life
 
 
 def test_a_class_that_lists_reset_is_refused(memory_history: Any) -> None:
@@ -222,8 +229,8 @@ def test_a_memory_history_waits_for_the_commit(layer: SharedLayer, memory_histor
         raise RuntimeError
     with transaction.atomic():
         event = publish("t", "ping", "b")
-        assert memory_history.heads(["t"])[0] == {}
-    assert memory_history.heads(["t"])[0] == {"t": int(event.id)}
+        assert not memory_history.heads(["t"])["t"].life
+    assert memory_history.heads(["t"])["t"].seq == int(event.id)
 
 
 @real_commits
@@ -413,7 +420,7 @@ def test_a_failing_layer_loses_no_durable_event(
     """It is stored: listeners find it at the next head check. That is logged."""
     layer.error = ConnectionError("down")
     event = publish("t", "ping", "a")
-    assert memory_history.heads(["t"])[0] == {"t": int(event.id)}
+    assert memory_history.heads(["t"])["t"].seq == int(event.id)
     assert "The channel layer failed" in caplog.text
 
 

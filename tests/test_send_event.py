@@ -189,7 +189,7 @@ def test_bad_input(memory_history: History, arguments: tuple[str, ...], message:
     """Each bad argument is one clear line, and nothing is published."""
     result = Run(*arguments)
     assert message in str(result.error)
-    assert memory_history.heads(["42"])[0] == {}
+    assert not memory_history.heads(["42"])["42"].life
 
 
 def test_standard_input_that_is_not_utf8(

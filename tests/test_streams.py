@@ -14,12 +14,12 @@ from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
 from django.db import connection
 
 from django_eventsource import streams as module
-from django_eventsource.feeds import Subscriber
 from django_eventsource.frames import KEEPALIVE, Decoder, ServerSentEvent
 from django_eventsource.history import History, Kind, Position, Slice, get_history
 from django_eventsource.hub import get_hub
 from django_eventsource.publishing import apublish
-from django_eventsource.streams import EventStream, EventStreamResponse, let_go, opening
+from django_eventsource.streams import EventStream, EventStreamResponse, let_go
+from django_eventsource.subscribers import Subscriber
 from tests.histories import add, draft
 
 pytestmark = pytest.mark.usefixtures("memory_history")
@@ -82,8 +82,9 @@ async def until(condition: Callable[[], object]) -> None:
 
 async def is_waiting() -> None:
     """Let the loop run until the one stream there is waits for events."""
-    await until(lambda: get_hub()._feeds and get_hub()._feeds["t"].subscribers)
-    (subscriber,) = get_hub()._feeds["t"].subscribers
+    await until(lambda: get_hub()._feeds and get_hub()._feeds["t"].subscriptions)
+    (subscription,) = get_hub()._feeds["t"].subscriptions
+    subscriber = subscription.subscriber
     await until(lambda: subscriber._waiter)
 
 
@@ -100,19 +101,26 @@ async def test_first_bytes_commit_the_cursor(history: History) -> None:
     await reader.stream.aclose()
 
 
+def first_bytes(position: Position, *, asked: str | None, durable: bool) -> bytes:
+    """What a stream of one token begins with."""
+    first = EventStream("t", position, asked=asked, durable=durable)._opening
+    assert first is not None
+    return first
+
+
 def test_opening_with_a_retry(settings) -> None:
     """The configured reconnection time comes first."""
     settings.EVENTSOURCE_RETRY_MS = 700
     position = Position(seq=5, cursor="5")
-    first = opening(position, asked=None, durable=True)
+    first = first_bytes(position, asked=None, durable=True)
     assert first == b"retry: 700\n\nid: 5\n\n"
 
 
 def test_opening_of_a_live_only_class() -> None:
     """Without a cursor to commit a comment is sent; a cursor that was asked for is kept."""
     position = Position(seq=5, cursor="5")
-    assert opening(position, asked=None, durable=False) == b": open\n"
-    assert opening(position, asked="5", durable=False) == b"id: 5\n\n"
+    assert first_bytes(position, asked=None, durable=False) == b": open\n"
+    assert first_bytes(position, asked="5", durable=False) == b"id: 5\n\n"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ def test_opening_for_a_listener_whose_events_are_gone(
 ) -> None:
     """It begins with reset, which also moves the cursor."""
     position = Position(seq=5, cursor="5+", known=False)
-    (event,) = Decoder().feed(opening(position, asked=asked, durable=True))
+    (event,) = Decoder().feed(first_bytes(position, asked=asked, durable=True))
     assert (event.event, event.id) == ("reset", "5+")
     assert json.loads(event.data) == {"reason": reason, "after": after, "resume": "5+"}
 
@@ -196,7 +204,8 @@ async def test_a_stalled_reader_loses_nothing(history: History, settings) -> Non
     await reader.read(1)
     for n in range(300):
         await apublish("t", "ping", str(n))
-    (subscriber,) = next(iter(get_hub()._feeds.values())).subscribers
+    (subscription,) = next(iter(get_hub()._feeds.values())).subscriptions
+    subscriber = subscription.subscriber
     assert subscriber._size <= 2000
     assert await reader.read(301) == ["first", *map(str, range(300))]
     await reader.stream.aclose()
@@ -214,7 +223,8 @@ async def test_live_only_events_lost_by_a_stalled_reader_are_told(settings) -> N
     await waiting
     for n in range(100):
         await apublish("t", "ping", f"{n:03}")
-    (subscriber,) = get_hub()._feeds["t"].subscribers
+    (subscription,) = get_hub()._feeds["t"].subscriptions
+    subscriber = subscription.subscriber
     await until(lambda: subscriber._lost)
     await reader.chunk()
     assert reader.events[1].event == "reset"
@@ -242,7 +252,7 @@ async def test_close_ends_the_stream(history: History) -> None:
     await apublish("t", "ping", "too late")
     assert await reader.read_to_end() == ["a", "bye"]
     assert reader.events[-1].event == "close"
-    assert not next(iter(get_hub()._feeds.values())).subscribers
+    assert not next(iter(get_hub()._feeds.values())).subscriptions
     await reader.chunk()
     assert reader.ended
 
@@ -299,11 +309,11 @@ async def test_cancellation_leaves_nothing() -> None:
     waiting = asyncio.ensure_future(stream.__anext__())
     await is_waiting()
     feed = next(iter(get_hub()._feeds.values()))
-    assert len(feed.subscribers) == 1
+    assert len(feed.subscriptions) == 1
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert not feed.subscribers
+    assert not feed.subscriptions
 
 
 async def test_cancellation_arrives_though_nothing_else_suspends(
@@ -343,7 +353,7 @@ async def test_a_dropped_stream_is_forgotten() -> None:
     thread.join()
     gc.collect()
     async with asyncio.timeout(SECONDS):
-        while feed.subscribers:
+        while feed.subscriptions:
             await asyncio.sleep(0)
 
 
@@ -374,7 +384,7 @@ async def test_an_error_ends_the_stream_cleanly(
     await reader.chunk()
     assert reader.ended
     assert "failed and is ended" in caplog.text
-    assert not next(iter(get_hub()._feeds.values())).subscribers
+    assert not next(iter(get_hub()._feeds.values())).subscriptions
 
 
 async def test_a_history_that_fails_ends_no_stream(
@@ -479,7 +489,7 @@ async def test_response_gives_its_own_iterator() -> None:
     chunks = response.__aiter__()
     assert (
         await anext(chunks)
-        == opening(get_history().locate("t", None), asked=None, durable=True).upper()
+        == first_bytes(get_history().locate("t", None), asked=None, durable=True).upper()
     )
     await chunks.aclose()
 

@@ -33,7 +33,7 @@ def test_url_to_listen(token):
     url = render("token", token=token)
     assert unquote(urlsplit(url).path) == f"/events/poll/{token}"
     grant = grant_of(url)
-    assert (grant.token, grant.listen, grant.send) == (token, True, False)
+    assert (grant.tokens, grant.listen, grant.send) == ((token,), True, False)
 
 
 def test_url_to_send():
@@ -41,7 +41,7 @@ def test_url_to_send():
     url = render("'42' 'ping'")
     assert urlsplit(url).path == "/events/ping/42"
     grant = grant_of(url)
-    assert (grant.token, grant.listen, grant.send) == ("42", False, True)
+    assert (grant.tokens, grant.listen, grant.send) == (("42",), False, True)
 
 
 def test_listen_action_by_name():

@@ -10,9 +10,9 @@ from django.core.signals import setting_changed
 from django.utils.module_loading import import_string
 
 from ..conf import conf
-from .base import Draft, Entry, History, Kind, Position, Slice
+from .base import Draft, Entry, Head, History, Kind, Position, Slice
 
-__all__ = ["Draft", "Entry", "History", "Kind", "Position", "Slice", "get_history"]
+__all__ = ["Draft", "Entry", "Head", "History", "Kind", "Position", "Slice", "get_history"]
 
 _current: History | None = None
 _lock = threading.Lock()

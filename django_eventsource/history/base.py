@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -150,6 +150,18 @@ class Position:
     """Is the event at this place the close that ended the listener's stream?"""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """Where a token's history stands."""
+
+    seq: int
+    """The newest sequence number, or the floor when the token has no history."""
+    life: bool
+    """Does the token have a history?"""
+    epoch: str = ""
+    """Changes when the store was lost: emptied or replaced."""
+
+
 class History(ABC):
     """Base of all histories. The plain methods block, the ``a`` ones await.
 
@@ -207,11 +219,10 @@ class History(ABC):
         """
 
     @abstractmethod
-    def heads(self, tokens: Iterable[str]) -> tuple[dict[str, int], int]:
-        """Give the newest sequence number of each token that has one, and the floor.
+    def heads(self, tokens: Iterable[str]) -> dict[str, Head]:
+        """Give the head of every one of the tokens.
 
-        The floor is the highest number of any forgotten life. Finishes what a process
-        that died left half done.
+        Finishes what a process that died left half done.
         """
 
     @abstractmethod
@@ -223,8 +234,36 @@ class History(ABC):
         """Give the newest sequence number (or the floor), and that of the last close."""
 
     @abstractmethod
+    def oldest(self, token: str) -> int:
+        """Give the place right before the oldest event kept; the newest place if none is."""
+
+    @abstractmethod
+    def announce(self, process: str, changes: Mapping[str, Sequence[str]], seconds: float) -> bool:
+        """Say who listens in a process, and renew the process's lease.
+
+        :param process: a name that no other process has, or had.
+        :param changes: for each token the identities of its listeners in this process,
+            ``""`` for an anonymous one; empty when none is left. What is said of other
+            tokens stays.
+        :param seconds: for which the lease is valid from now on.
+        :returns: ``False`` when there was no valid lease to renew. Then all that an
+            expired one had left is forgotten: announce everything again.
+        """
+
+    @abstractmethod
+    def present(self, token: str) -> list[str]:
+        """Give the identities of all listeners, in all processes with a valid lease."""
+
+    @abstractmethod
+    def withdraw(self, process: str) -> None:
+        """End a process's lease, and forget its listeners."""
+
+    @abstractmethod
     def prune(self) -> int:
-        """Remove what is over the bounds; give the number of events removed."""
+        """Remove what is over the bounds; give the number of events removed.
+
+        Removes what the leases of dead processes left, too.
+        """
 
     # What follows from it
 
@@ -273,13 +312,27 @@ class History(ABC):
         """Await :meth:`read`."""
         return await self.call(self.read, token, after, max_events=max_events, max_bytes=max_bytes)
 
-    async def aheads(self, tokens: Iterable[str]) -> tuple[dict[str, int], int]:
+    async def aheads(self, tokens: Iterable[str]) -> dict[str, Head]:
         """Await :meth:`heads`."""
         return await self.call(self.heads, list(tokens))
 
     async def alocate(self, token: str, cursor: str | None) -> Position:
         """Await :meth:`locate`."""
         return await self.call(self.locate, token, cursor)
+
+    async def aannounce(
+        self, process: str, changes: Mapping[str, Sequence[str]], seconds: float
+    ) -> bool:
+        """Await :meth:`announce`."""
+        return await self.call(self.announce, process, changes, seconds)
+
+    async def apresent(self, token: str) -> list[str]:
+        """Await :meth:`present`."""
+        return await self.call(self.present, token)
+
+    async def awithdraw(self, process: str) -> None:
+        """Await :meth:`withdraw`."""
+        await self.call(self.withdraw, process)
 
     async def aprune(self) -> int:
         """Await :meth:`prune`."""

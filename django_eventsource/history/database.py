@@ -11,40 +11,31 @@ from __future__ import annotations
 
 import datetime
 import logging
-import random
-import threading
-import time
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DEFAULT_DB_ALIAS, connections, transaction
-from django.db.models import F, Max, Q, QuerySet
+from django.db import DEFAULT_DB_ALIAS, connections
+from django.db.models import F, Max, Q
 from django.db.models.functions import Greatest
 from django.db.utils import DatabaseError, Error, OperationalError
 from django.utils import timezone
 
 from ..models import FLOOR_KEY, PendingEvent, StoredEvent, TokenHead, set_floor
 from ..tokens import token_key
-from .base import Draft, Entry, History, Kind, Slice, T
+from .base import Draft, Entry, Head, History, Kind, Slice, T
+from .presence import DatabasePresence
+from .transactions import Overtaken, delete, in_transaction
 
 logger = logging.getLogger("django_eventsource.history")
 
 BATCH = 500
-CONTENTION_SECONDS = 60.0
-"""How long a short transaction is tried again when others hold what it needs."""
 HEAD_CHECK_PATIENCE = 0.5
-"""The same for a head check, which others wait for and which comes again."""
-
-# SQLite lets one writer in at a time and does not queue the others: threads of one
-# process queue here, so that only processes contend.
-# Reentrant, since a commit hook may publish.
-_sqlite_queues: dict[str, threading.RLock] = defaultdict(threading.RLock)
+"""Seconds for which a head check tries to get its turn: others wait for it, and it comes
+again."""
 
 
 class DatabaseHistory(History):
@@ -66,11 +57,24 @@ class DatabaseHistory(History):
         self._tokens = self._heads.exclude(key=FLOOR_KEY)
         self._events = StoredEvent.objects.using(USING)
         self._pending = PendingEvent.objects.using(USING)
+        self._presence = DatabasePresence(USING)
 
     # Publishing
 
     def append(self, token: str, drafts: Sequence[Draft]) -> list[Entry]:
-        return self._in_transaction(partial(self._append, token, drafts))
+        ref = uuid.uuid4()
+        entries: list[Entry] = []
+
+        def work() -> list[Entry]:
+            entries[:] = self._append(token, drafts, ref=[ref] * len(drafts))
+            return entries
+
+        def doubtful() -> list[Entry]:
+            if entries and self._has(token, entries[-1].seq, ref):
+                return entries
+            return work()
+
+        return self._in_transaction(work, doubtful=doubtful)
 
     def stage(self, token: str, drafts: Sequence[Draft]) -> Callable[[], list[Entry]]:
         now = timezone.now()
@@ -127,6 +131,29 @@ class DatabaseHistory(History):
             self._heads.bulk_create([head], ignore_conflicts=True)
         return row.values_list("pk", "last").get()
 
+    def _has(self, token: str, seq: int, ref: uuid.UUID) -> bool:
+        """Tell whether a commit whose connection was lost did arrive.
+
+        First it takes the locks that the commit holds if it is still under way.
+
+        :raises OperationalError: when nobody can tell any more.
+        """
+        row = self._heads.filter(key=token_key(token))
+        if not row.update(last=F("last")):
+            self._heads.filter(key=FLOOR_KEY).update(last=F("last"))
+            if not row.update(last=F("last")):
+                return False
+        head = row.get()
+        if not head.first <= seq <= head.last:
+            return False
+        found = self._events.filter(head=head, seq=seq).values_list("ref", flat=True).first()
+        if found is None:
+            raise OperationalError(
+                f"The connection was lost while an event of {token!r} was committed. It may have "
+                "been published, and trimmed since: publish it again if that does no harm."
+            )
+        return found == ref
+
     def _settled(self, token: str, refs: Sequence[uuid.UUID]) -> list[Entry]:
         """Give staged events their place, or find the place that others gave them.
 
@@ -154,8 +181,18 @@ class DatabaseHistory(History):
             return {}
         refs = [row.ref for row in rows]
         entries = self._append(token, [_draft(row) for row in rows], ref=refs)
-        _delete(self._pending.filter(pk__in=[row.pk for row in rows]))
+        if self._delete_pending([row.pk for row in rows]) < len(rows):
+            # MySQL's REPEATABLE READ: the snapshot of a token's first event is older than
+            # its lock, and shows what was settled in between.
+            raise Overtaken(f"Pending events of {token!r} were settled by others.")
         return dict(zip(refs, entries, strict=True))
+
+    def _delete_pending(self, pks: Sequence[int]) -> int:
+        if connections[self.using].vendor == "mysql":
+            # For a list of keys it may walk through the table, and wait on its way for the
+            # rows of transactions that are still open.
+            return sum(delete(self._pending.filter(pk=pk)) for pk in pks)
+        return delete(self._pending.filter(pk__in=pks))
 
     # Reading
 
@@ -185,7 +222,7 @@ class DatabaseHistory(History):
             closed=head.closed == head.last,
         )
 
-    def heads(self, tokens: Iterable[str]) -> tuple[dict[str, int], int]:
+    def heads(self, tokens: Iterable[str]) -> dict[str, Head]:
         for token in self._pending.values_list("token", flat=True).distinct()[:BATCH]:
             try:
                 self._settle(token, patience=HEAD_CHECK_PATIENCE)
@@ -194,11 +231,13 @@ class DatabaseHistory(History):
                 logger.exception("Pending events of %r could not be settled.", token)
         by_key = {token_key(token): token for token in tokens}
         keys = list(by_key)
-        found: dict[str, int] = {}
+        found: dict[str, Head] = {}
         for start in range(0, len(keys), BATCH):
             rows = self._heads.filter(key__in=keys[start : start + BATCH])
-            found.update({by_key[key]: last for key, last in rows.values_list("key", "last")})
-        return found, self._floor()
+            lasts = rows.values_list("key", "last")
+            found.update({by_key[key]: Head(seq=last, life=True) for key, last in lasts})
+        without = Head(seq=self._floor(), life=False)
+        return {token: found.get(token, without) for token in by_key.values()}
 
     def find(self, token: str, cursor: str, seq: int | None) -> tuple[int, Kind] | None:
         rows = self._rows(token).filter(Q(event_id=cursor) | Q(seq=seq)).order_by("seq")
@@ -212,6 +251,10 @@ class DatabaseHistory(History):
         head, floor = self._head(token)
         return (head.last, head.closed) if head else (floor, None)
 
+    def oldest(self, token: str) -> int:
+        head, floor = self._head(token)
+        return head.kept - 1 if head else floor
+
     def _head(self, token: str) -> tuple[TokenHead | None, int]:
         key = token_key(token)
         rows = {row.key: row for row in self._heads.filter(key__in=[key, FLOOR_KEY])}
@@ -222,6 +265,17 @@ class DatabaseHistory(History):
 
     def _rows(self, token: str) -> Any:
         return self._events.filter(head__key=token_key(token))
+
+    # Presence
+
+    def announce(self, process: str, changes: Mapping[str, Sequence[str]], seconds: float) -> bool:
+        return self._presence.announce(process, changes, seconds)
+
+    def present(self, token: str) -> list[str]:
+        return self._presence.present(token)
+
+    def withdraw(self, process: str) -> None:
+        self._presence.withdraw(process)
 
     # Trimming
 
@@ -236,6 +290,7 @@ class DatabaseHistory(History):
             cuts[head_id] = max(cuts.get(head_id, 0), last - self.max_events)
         removed = sum(self._cut(head_id, until) for head_id, until in cuts.items())
         self._forget(now - _seconds(self.token_max_age))
+        self._presence.prune()
         return removed
 
     def _cut(self, head_id: int, until: int) -> int:
@@ -249,7 +304,7 @@ class DatabaseHistory(History):
 
     def _cut_batch(self, head_id: int, until: int) -> int:
         self._heads.filter(pk=head_id).update(kept=Greatest(F("kept"), until + 1))
-        return _delete(self._events.filter(head=head_id, seq__lte=until))
+        return delete(self._events.filter(head=head_id, seq__lte=until))
 
     def _forget(self, before: datetime.datetime) -> None:
         """Forget tokens that were idle for long, and raise the floor above them."""
@@ -259,7 +314,7 @@ class DatabaseHistory(History):
 
     def _forget_one(self, pk: int, last: int, before: datetime.datetime) -> None:
         # An append that came first has moved the head: then it stays.
-        if not _delete(self._heads.filter(pk=pk, last=last, updated__lt=before)):
+        if not delete(self._heads.filter(pk=pk, last=last, updated__lt=before)):
             return
         row = self._heads.filter(key=FLOOR_KEY)
         while not row.update(last=Greatest(F("last"), last)):
@@ -267,31 +322,13 @@ class DatabaseHistory(History):
 
     # Running
 
-    def _in_transaction(self, work: Callable[[], T], patience: float | None = None) -> T:
-        """Run short work in a transaction, again while others hold what it needs.
-
-        :param patience: seconds for which it is tried; ``CONTENTION_SECONDS`` if not given.
-        """
-        deadline = time.monotonic() + (CONTENTION_SECONDS if patience is None else patience)
-        while True:
-            try:
-                with self._sqlite_queue(), transaction.atomic(using=self.using):
-                    return work()
-            except OperationalError as error:
-                inside = connections[self.using].in_atomic_block
-                if inside or not _is_contention(error) or time.monotonic() > deadline:
-                    raise
-            # Contenders that retried in step would collide again.
-            time.sleep(random.uniform(0.001, 0.02))  # noqa: S311
-
-    @contextmanager
-    def _sqlite_queue(self) -> Iterator[None]:
-        connection = connections[self.using]
-        if connection.vendor != "sqlite" or connection.in_atomic_block:
-            yield
-            return
-        with _sqlite_queues[self.using]:
-            yield
+    def _in_transaction(
+        self,
+        work: Callable[[], T],
+        patience: float | None = None,
+        doubtful: Callable[[], T] | None = None,
+    ) -> T:
+        return in_transaction(self.using, work, patience=patience, doubtful=doubtful)
 
     async def call(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run in Django's thread for synchronous work."""
@@ -327,11 +364,6 @@ def _columns(draft: Draft) -> dict[str, Any]:
     }
 
 
-def _delete(rows: QuerySet[Any]) -> int:
-    """Delete rows without signals: nobody's receiver runs in our short transactions."""
-    return rows._raw_delete(rows.db)
-
-
 def _seconds(seconds: float) -> datetime.timedelta:
     """Give a time span that can be taken off any date of today."""
     return datetime.timedelta(seconds=min(seconds, 10**9))
@@ -345,17 +377,3 @@ def _draft(row: StoredEvent | PendingEvent) -> Draft:
 
 def _entry(row: StoredEvent) -> Entry:
     return Entry(seq=row.seq, draft=_draft(row))
-
-
-def _is_contention(error: OperationalError) -> bool:
-    """Tell "someone else was first" from a failure: the transaction left no trace.
-
-    SQLite says "locked"; PostgreSQL 40001 (serialization) and 40P01 (deadlock); MySQL
-    1205 (lock wait) and 1213 (deadlock).
-    """
-    cause = error.__cause__
-    return (
-        "locked" in str(error)
-        or getattr(cause, "sqlstate", None) in ("40001", "40P01")
-        or (bool(error.args) and error.args[0] in (1205, 1213))
-    )

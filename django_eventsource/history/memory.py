@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from .base import Draft, Entry, History, Kind, Slice, T
+from .base import Draft, Entry, Head, History, Kind, Slice, T
 
 
 class _Life:
@@ -41,6 +42,18 @@ class _Life:
         self.kept += 1
 
 
+@dataclass(slots=True)
+class _Lease:
+    """The listeners of one process, and until when they count."""
+
+    until: float
+    listeners: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> bool:
+        return self.until > time.monotonic()
+
+
 class MemoryHistory(History):
     """Everything in a dictionary, guarded by one lock; forgotten when the process ends."""
 
@@ -48,6 +61,7 @@ class MemoryHistory(History):
         super().__init__(**options)
         self._lock = threading.Lock()
         self._lives: dict[str, _Life] = {}
+        self._leases: dict[str, _Lease] = {}
         # Ids of an earlier process are lower, and answered with reset.
         self._floor = time.time_ns() // 1000
 
@@ -84,10 +98,13 @@ class MemoryHistory(History):
                 seq += 1
             return Slice(entries=tuple(entries), complete=True, last=life.last)
 
-    def heads(self, tokens: Iterable[str]) -> tuple[dict[str, int], int]:
+    def heads(self, tokens: Iterable[str]) -> dict[str, Head]:
         with self._lock:
-            lives = ((token, self._lives.get(token)) for token in tokens)
-            return {token: life.last for token, life in lives if life}, self._floor
+            return {token: self._head(token) for token in tokens}
+
+    def _head(self, token: str) -> Head:
+        life = self._lives.get(token)
+        return Head(seq=life.last if life else self._floor, life=life is not None)
 
     def find(self, token: str, cursor: str, seq: int | None) -> tuple[int, Kind] | None:
         with self._lock:
@@ -104,6 +121,37 @@ class MemoryHistory(History):
             life = self._lives.get(token)
             return (life.last, life.closed) if life else (self._floor, None)
 
+    def oldest(self, token: str) -> int:
+        with self._lock:
+            life = self._lives.get(token)
+            return life.kept - 1 if life else self._floor
+
+    def announce(self, process: str, changes: Mapping[str, Sequence[str]], seconds: float) -> bool:
+        with self._lock:
+            lease = self._leases.get(process)
+            renewed = lease is not None and lease.valid
+            if lease is None or not renewed:
+                lease = self._leases[process] = _Lease(0)
+            lease.until = time.monotonic() + seconds
+            for token, identities in changes.items():
+                lease.listeners[token] = list(identities)
+                if not identities:
+                    del lease.listeners[token]
+            return renewed
+
+    def present(self, token: str) -> list[str]:
+        with self._lock:
+            return [
+                identity
+                for lease in self._leases.values()
+                if lease.valid
+                for identity in lease.listeners.get(token, ())
+            ]
+
+    def withdraw(self, process: str) -> None:
+        with self._lock:
+            self._leases.pop(process, None)
+
     def prune(self) -> int:
         now = time.time()
         removed = 0
@@ -115,6 +163,7 @@ class MemoryHistory(History):
                 if not life.entries and life.updated < now - self.token_max_age:
                     self._floor = max(self._floor, life.last)
                     del self._lives[token]
+            self._leases = {name: lease for name, lease in self._leases.items() if lease.valid}
         return removed
 
     async def call(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:

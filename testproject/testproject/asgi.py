@@ -4,6 +4,8 @@ import os
 
 from django.core.asgi import get_asgi_application
 
+from django_eventsource.asgi import Handover
+
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "testproject.settings")
 
-application = get_asgi_application()
+application = Handover(get_asgi_application())

@@ -1,9 +1,11 @@
-"""The settings that the tests run on: the demo site's, and a PostgreSQL server."""
+"""The settings that the tests run on: the demo site's, PostgreSQL, MariaDB if there is one."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
+
+from tests import mariadb
 
 from .settings import *  # noqa: F403
 from .settings import DATABASES, INSTALLED_APPS
@@ -40,6 +42,14 @@ DATABASES["postgres"] = {
     "NAME": "test_eventsource" if TEST_DATABASE else "postgres",
     "TEST": {"NAME": "test_eventsource", "DEPENDENCIES": []},
 }
+if not mariadb.MISSING:
+    DATABASES["mariadb"] = {
+        "ENGINE": "django.db.backends.mysql",
+        "HOST": str(TEST_DIR / "mariadb" / "socket"),
+        "USER": "root",
+        "NAME": "test_eventsource" if TEST_DATABASE else "mysql",
+        "TEST": {"NAME": "test_eventsource", "DEPENDENCIES": []},
+    }
 
 # What a test wants to be different in a process that it starts.
 globals().update(json.loads(os.environ.get("EVENTSOURCE_TEST_SETTINGS", "{}")))

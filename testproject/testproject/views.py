@@ -52,13 +52,8 @@ def index(request: HttpRequest) -> HttpResponse:
 def recent(token: str, events: int) -> int:
     """Give the last event id of a listener that has yet to see the newest few events.
 
-    Of a young token that is the place before its first event; where not so many are kept,
-    it is the newest event: a listener of an id that is too old would be told ``reset``.
+    Where not so many are kept it is the place before the oldest: a listener of an id that
+    is too old would be told ``reset``.
     """
     history = get_history()
-    head = history.locate(token, None).seq
-    _, floor = history.heads([])
-    for seq in (head - events, floor):
-        if history.read(token, seq, max_events=1).complete:
-            return seq
-    return head
+    return max(history.newest(token)[0] - events, history.oldest(token))

@@ -1,0 +1,117 @@
+"""The ASGI wrapper: streams are served outside of Django, once its handler has finished.
+
+In a project's ``asgi.py``, directly around Django's application::
+
+    application = Handover(get_asgi_application())
+
+The view runs as ever, with URL resolving, middleware and policy, and its response's headers
+are sent as Django produced them. Then the body is streamed without Django: with no thread
+and no request. Readers that stall are held back, on Daphne too, which does not do that by
+itself, and are disconnected after ``EVENTSOURCE_STREAM_STALL_SECONDS``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from .backpressure import Producer, daphne_request, find_abort
+from .streams import EventStream, Reason, Slot
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+
+PIECE_BYTES = 8 * 1024
+"""The largest piece for a server that may hold a number of pieces, whatever their size."""
+
+
+class Handover:
+    """Serves an ASGI application, and the streams of its responses itself.
+
+    :param application: Django's, or one that hands ``scope`` and ``send`` on as they are.
+    """
+
+    made = 0
+    """How many there are in this process: a system check looks for one."""
+
+    def __init__(self, application: Application) -> None:
+        self.application = application
+        Handover.made += 1
+
+    async def __call__(
+        self, scope: MutableMapping[str, Any], receive: Receive, send: Send
+    ) -> None:
+        if scope["type"] != "http":
+            await self.application(scope, receive, send)
+            return
+        slot = Slot()
+
+        async def send_head(message: Message) -> None:
+            # Django ends the body that it believes to be empty.
+            if slot.stream is None or message["type"] != "http.response.body":
+                await send(message)
+
+        await self.application({**scope, Slot.KEY: slot}, receive, send_head)
+        if slot.stream is not None:
+            await serve(slot.stream, receive, send)
+
+
+async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
+    """Send a stream as the body of a response whose headers are sent."""
+    task = asyncio.current_task()
+    cut = False
+
+    def cut_off() -> None:
+        nonlocal cut
+        if task is not None:
+            cut = task.cancel()
+
+    stream.on_abort = cut_off
+    listening = asyncio.ensure_future(_until_gone(stream, receive))
+    request = daphne_request(send)
+    producer = None
+    try:
+        if request is not None and request.channel is not None:
+            producer = Producer()
+            request.registerProducer(producer, True)
+        known = producer is not None or find_abort(send) is not None
+        await _send_all(stream, send, producer, None if known else PIECE_BYTES)
+        if stream.reason is not Reason.LEFT:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    except asyncio.CancelledError:
+        if not cut or task is None:
+            raise  # the server ends it
+        task.uncancel()
+        abort = None if stream.reason is Reason.LEFT else find_abort(send)
+        if abort is not None:
+            abort()
+            # The server must see it, or it complains of a response that is not whole.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+    finally:
+        listening.cancel()
+        if producer is not None and request.channel is not None:
+            request.unregisterProducer()
+        await stream.aclose()
+
+
+async def _send_all(
+    stream: EventStream, send: Send, producer: Producer | None, most: int | None
+) -> None:
+    async for chunk in stream:
+        for start in range(0, len(chunk), most or len(chunk)):
+            piece = chunk[start : start + most] if most else chunk
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if producer is not None:
+            await producer.wait()
+
+
+async def _until_gone(stream: EventStream, receive: Receive) -> None:
+    """Wait until the listener hangs up, then end its stream."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    stream.abort(Reason.LEFT)

@@ -1,0 +1,66 @@
+"""What ASGI does not offer: waiting for a slow reader on Daphne, and cutting a connection.
+
+Both need the server's own objects, found through the ``send`` that it gives. A server that
+is not known is left to what ASGI says: its ``send`` waits, and ends with the response.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+
+class Producer:
+    """A Twisted push producer that tells whether the transport wants more.
+
+    https://docs.twisted.org/en/stable/core/howto/producers.html
+    """
+
+    def __init__(self) -> None:
+        self._ready = asyncio.Event()
+        self._ready.set()
+
+    def pauseProducing(self) -> None:  # noqa: N802
+        """Receive: the transport has as much as it wants to hold."""
+        self._ready.clear()
+
+    def resumeProducing(self) -> None:  # noqa: N802
+        """Receive: it wants more."""
+        self._ready.set()
+
+    def stopProducing(self) -> None:  # noqa: N802
+        """Receive: it has gone."""
+        self._ready.set()
+
+    async def wait(self) -> None:
+        """Wait until it wants more."""
+        await self._ready.wait()
+
+
+def daphne_request(send: Any) -> Any:
+    """Give the Twisted request behind Daphne's ``send``, or ``None``."""
+    for one in getattr(send, "args", ()):
+        if hasattr(one, "registerProducer") and hasattr(one, "channel"):
+            return one
+    return None
+
+
+def find_abort(send: Any) -> Callable[[], None] | None:
+    """Give what cuts the connection behind a ``send``, dropping what is not yet sent.
+
+    ``None`` where the server is not known, or where the connection carries other requests.
+    """
+    request = daphne_request(send)
+    if request is not None:
+        owner = getattr(request.channel, "transport", None)
+        return getattr(owner, "abortConnection", None)
+    # uvicorn keeps the transport itself; hypercorn some objects further, each with a send.
+    one = getattr(send, "__self__", None)
+    for _ in range(4):
+        writer = getattr(one, "writer", one)
+        abort = getattr(getattr(writer, "transport", None), "abort", None)
+        if abort is not None:
+            return abort  # type: ignore[no-any-return]
+        one = getattr(getattr(one, "send", None), "__self__", None)
+    return None

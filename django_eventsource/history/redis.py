@@ -1,0 +1,342 @@
+"""A history on Redis or Valkey Streams, for many machines.
+
+Each append is one script, which runs as a whole: numbers are given and events are
+written in the same order. All that belongs to a token expires by itself.
+
+A token's keys:
+
+- ``head``, a hash: ``last`` and ``closed`` (numbers), ``run`` (the server that gave them);
+- ``events``, a stream whose ids are the sequence numbers; an entry's fields are ``a``
+  (action), ``d`` (data), ``k`` (kind), ``t`` (microseconds), perhaps ``i`` (own id), ``r``
+  (reference of its append), and ``p``: the place that it follows, where that is not the
+  number before. It is in the first entry of a life (the floor) and in the first one
+  after the server was started anew (the last number that survived);
+- ``ids``, a hash: own id to number; ``present``, a hash: process to listeners.
+
+A host's keys: ``floor``, a hash with the floor, when it was made, and the epoch; and a
+lease of each process.
+
+A life may begin with a floor that was renewed a moment before. A listener that was given
+the newer one as its place is then told ``reset``: needless, but never a gap, since the
+life's numbers are above both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+
+from ..conf import number_error
+from ..tokens import token_key
+from .base import Draft, Entry, Head, History, Kind, Slice, T
+from .redis_hosts import Host, Hosts
+from .redis_scripts import APPEND, FLOOR, FORGET, LEASE, READ
+
+DEFAULT_HOSTS = ("redis://127.0.0.1:6379",)
+THREADS = 8
+"""For all awaited calls of a process."""
+BATCH = 500
+"""Tokens of which the listeners are written in one round trip."""
+PRESENT_SECONDS = 86_400
+"""How long the listeners of a token are kept. Leases are what counts."""
+REWRITE_SECONDS = PRESENT_SECONDS / 2
+"""After how long a process is asked to write all its listeners again."""
+CLOCK_MARGIN = 1.0
+"""Seconds that a server's clock may jump while an append is tried again."""
+
+
+class RedisHistory(History):
+    """Durable events in Redis or Valkey (5.0 or newer).
+
+    :param HOSTS: the servers: URLs, (host, port) tuples, dictionaries with "address" or
+        with keyword arguments of redis.Redis. A token is on one of them.
+    :param PREFIX: what all keys begin with.
+    :param TIMEOUT: seconds for which a call is tried again before it raises.
+    """
+
+    shared = True
+
+    def __init__(
+        self,
+        *,
+        HOSTS: Any = DEFAULT_HOSTS,  # noqa: N803
+        PREFIX: str = "eventsource",  # noqa: N803
+        TIMEOUT: float = 10,  # noqa: N803
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if not isinstance(PREFIX, str) or not PREFIX or set(PREFIX) & set("{}"):
+            raise ImproperlyConfigured(
+                "EVENTSOURCE_HISTORY PREFIX must be non-empty text without { and }, "
+                f"not {PREFIX!r}."
+            )
+        number = isinstance(TIMEOUT, int | float) and not isinstance(TIMEOUT, bool)
+        if not number or not 0 < TIMEOUT < float("inf"):
+            raise number_error("EVENTSOURCE_HISTORY TIMEOUT", TIMEOUT, "a positive number")
+        self.prefix = PREFIX
+        self._hosts = Hosts(HOSTS, TIMEOUT)
+        self._executors: dict[int, ThreadPoolExecutor] = {}
+        self._leases: dict[str, dict[Host, bytes]] = {}
+        self._announced: dict[str, set[str]] = {}
+
+    # Appending
+
+    def append(self, token: str, drafts: Sequence[Draft]) -> list[Entry]:
+        if not drafts:
+            return []
+        host = self._host(token)
+        ref = uuid.uuid4().hex
+        keys = self._keys(token, "head", "events", "ids", f"ref:{ref}")
+        max_age = _milliseconds(self.max_age)
+        bounds = [self.max_events, max_age * 1000, max_age, _milliseconds(self.token_max_age)]
+        events = [
+            field
+            for draft in drafts
+            for field in (draft.action, draft.data, draft.kind.value, draft.event_id or "")
+        ]
+
+        def attempt(elapsed: float | None) -> int:
+            since = "" if elapsed is None else int((elapsed + CLOCK_MARGIN) * 1_000_000)
+            first = host.run_once(APPEND, keys, ["", since, ref, *bounds, *events])
+            if first is None:
+                floor, _ = host.run_once(*self._floor_script())
+                first = host.run_once(APPEND, keys, [floor, since, ref, *bounds, *events])
+            return int(first)
+
+        first = host.again(attempt)
+        return [Entry(seq=first + n, draft=draft) for n, draft in enumerate(drafts)]
+
+    # Reading
+
+    def read(
+        self, token: str, after: int, *, max_events: int = 500, max_bytes: int = 262_144
+    ) -> Slice:
+        host = self._host(token)
+        keys = self._keys(token, "head", "events")
+        found = host.run(READ, keys, [after + 1, max_events, max_bytes])
+        if found is None:
+            (floor, _), _ = self._with_floor(host, [])
+            return Slice(complete=after == floor, last=floor)
+        last, rows = int(found[0]), found[2]
+        closed = found[1] is not None and int(found[1]) == last
+        follows = after == last if not rows else _follows(*rows[0]) == after
+        complete = follows or (bool(rows) and _seq(rows[0][0]) == after + 1)
+        entries = tuple(_entry(*row) for row in rows) if complete else ()
+        return Slice(entries=entries, complete=complete, last=last, closed=closed)
+
+    def heads(self, tokens: Iterable[str]) -> dict[str, Head]:
+        heads: dict[str, Head] = {}
+        for host, names in self._by_host(tokens).items():
+            commands = [("HMGET", *self._keys(token, "head"), "last") for token in names]
+            (floor, epoch), rows = self._with_floor(host, commands)
+            for token, (last,) in zip(names, rows, strict=True):
+                seq = floor if last is None else int(last)
+                heads[token] = Head(seq=seq, life=last is not None, epoch=epoch)
+        return heads
+
+    def find(self, token: str, cursor: str, seq: int | None) -> tuple[int, Kind] | None:
+        host = self._host(token)
+        events, ids = self._keys(token, "events", "ids")
+
+        def at(place: int) -> tuple[str, ...]:
+            return ("XRANGE", events, str(place), str(place))
+
+        commands = [("HGET", ids, cursor), *([at(seq)] if seq is not None else [])]
+        own, *rows = host.pipe(commands)
+        if own is not None:
+            rows = host.pipe([at(int(own))]) + rows
+        for row in rows:
+            for entry in row:
+                return _seq(entry[0]), _entry(*entry).draft.kind
+        return None
+
+    def newest(self, token: str) -> tuple[int, int | None]:
+        command = ("HMGET", *self._keys(token, "head"), "last", "closed")
+        (floor, _), ((last, closed),) = self._with_floor(self._host(token), [command])
+        if last is None:
+            return floor, None
+        return int(last), None if closed is None else int(closed)
+
+    def oldest(self, token: str) -> int:
+        head, events = self._keys(token, "head", "events")
+        commands = [("HGET", head, "last"), ("XRANGE", events, "-", "+", "COUNT", "1")]
+        (floor, _), (last, rows) = self._with_floor(self._host(token), commands)
+        if last is None:
+            return floor
+        return _follows(*rows[0]) if rows else int(last)
+
+    def _floor_script(self) -> tuple[Any, list[str], list[Any]]:
+        half = _milliseconds(self.token_max_age) * 500
+        return FLOOR, [f"{self.prefix}:floor"], [uuid.uuid4().hex, half]
+
+    def _with_floor(
+        self, host: Host, commands: Sequence[Sequence[str]]
+    ) -> tuple[tuple[int, str], list[Any]]:
+        """Give the floor and the epoch, then what commands give, in one round trip.
+
+        In this order: a floor that is newer than the rest could be above the first
+        events of a life.
+        """
+        script, (key,), args = self._floor_script()
+        (floor, epoch), *rows = host.pipe(commands, (script, key, args))
+        return (int(floor), epoch.decode()), rows
+
+    # Presence
+
+    def announce(self, process: str, changes: Mapping[str, Sequence[str]], seconds: float) -> bool:
+        # What fails on the way leaves no generation to rely on: the next call starts anew.
+        known = self._leases.pop(process, {})
+        leases: dict[Host, bytes] = {}
+        by_host = self._by_host(changes)
+        whole = True
+        for host in self._hosts.all:
+            args = [
+                known.get(host, ""),
+                uuid.uuid4().hex,
+                _milliseconds(seconds),
+                int(REWRITE_SECONDS * 1_000_000),
+            ]
+            leases[host], kept = host.run(LEASE, [self._lease_key(process)], args)
+            whole = whole and bool(kept)
+            names = by_host.get(host, [])
+            for start in range(0, len(names), BATCH):
+                commands: list[Sequence[Any]] = []
+                for token in names[start : start + BATCH]:
+                    commands += self._write(process, leases[host], token, changes[token])
+                host.pipe(commands)
+        announced = self._announced.setdefault(process, set())
+        announced.update(token for token, names in changes.items() if names)
+        announced.difference_update(token for token, names in changes.items() if not names)
+        self._leases[process] = leases
+        return whole
+
+    def _write(
+        self, process: str, generation: bytes, token: str, identities: Sequence[str]
+    ) -> list[Sequence[Any]]:
+        (key,) = self._keys(token, "present")
+        if not identities:
+            return [("HDEL", key, process)]
+        # The generation has a fixed length: see _listeners.
+        value = generation + json.dumps(list(identities)).encode()
+        return [
+            ("HSET", key, process, value),
+            ("PEXPIRE", key, PRESENT_SECONDS * 1000),
+        ]
+
+    def present(self, token: str) -> list[str]:
+        (found,) = self._listeners(self._host(token), [token])
+        return found
+
+    def withdraw(self, process: str) -> None:
+        self._leases.pop(process, None)
+        by_host = self._by_host(self._announced.pop(process, ()))
+        for host in self._hosts.all:
+            keys = [key for token in by_host.get(host, []) for key in self._keys(token, "present")]
+            ends = [("HDEL", key, process) for key in keys]
+            host.pipe([("DEL", self._lease_key(process)), *ends])
+
+    def _listeners(self, host: Host, tokens: Sequence[str]) -> list[list[str]]:
+        """Give each token's listeners, and remove what dead processes left."""
+        keys = [self._keys(token, "present")[0] for token in tokens]
+        rows = host.pipe([("HGETALL", key) for key in keys])
+        processes = sorted({process for row in rows for process in row})
+        leases = [("HGET", self._lease_key(name.decode()), "generation") for name in processes]
+        valid = dict(zip(processes, host.pipe(leases) if leases else [], strict=True))
+        found = []
+        for key, row in zip(keys, rows, strict=True):
+            fresh = {name: value for name, value in row.items() if value[:32] == valid[name]}
+            # One that wrote anew meanwhile has another value, and stays.
+            stale = [part for item in row.items() if item[0] not in fresh for part in item]
+            if stale:
+                host.run(FORGET, [key], stale)
+            found.append([one for value in fresh.values() for one in _identities(value)])
+        return found
+
+    # Trimming
+
+    def prune(self) -> int:
+        """Remove what dead processes left. Events go with appends, or expire: gives 0."""
+        tokens = {token for names in list(self._announced.values()) for token in list(names)}
+        for host, names in self._by_host(tokens).items():
+            for start in range(0, len(names), BATCH):
+                self._listeners(host, names[start : start + BATCH])
+        return 0
+
+    # Keys
+
+    def _keys(self, token: str, *names: str) -> list[str]:
+        """Give keys of a token. The part in braces decides where a cluster keeps them."""
+        key = token_key(token)
+        return [f"{self.prefix}:{{{key}}}:{name}" for name in names]
+
+    def _lease_key(self, process: str) -> str:
+        return f"{self.prefix}:lease:{token_key(process)}"
+
+    def _host(self, token: str) -> Host:
+        return self._hosts.of(token_key(token))
+
+    def _by_host(self, tokens: Iterable[str]) -> dict[Host, list[str]]:
+        by_host: dict[Host, list[str]] = defaultdict(list)
+        for token in dict.fromkeys(tokens):
+            by_host[self._host(token)].append(token)
+        return by_host
+
+    # Running
+
+    async def call(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run in threads of the history's own: a server that hangs holds up nothing else."""
+        executor = self._executors.get(os.getpid())
+        if executor is None:
+            # The threads of a process do not live on in its fork.
+            made = ThreadPoolExecutor(THREADS, thread_name_prefix="eventsource-redis")
+            executor = self._executors.setdefault(os.getpid(), made)
+        work = partial(func, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
+
+
+def _milliseconds(seconds: float) -> int:
+    """Give a time span that can be added to any date of today."""
+    return max(int(min(seconds, 10**10) * 1000), 1)
+
+
+def _seq(entry_id: bytes) -> int:
+    return int(entry_id.partition(b"-")[0])
+
+
+def _fields(fields: Any) -> dict[bytes, bytes]:
+    """Give an entry's fields: a script gives a list, redis-py makes a dictionary."""
+    if isinstance(fields, list):
+        return dict(zip(fields[::2], fields[1::2], strict=True))
+    return dict(fields)
+
+
+def _follows(entry_id: bytes, fields: Any) -> int:
+    """Give the place that an entry follows."""
+    before = _fields(fields).get(b"p")
+    return _seq(entry_id) - 1 if before is None else int(before)
+
+
+def _entry(entry_id: bytes, fields: Any) -> Entry:
+    values = _fields(fields)
+    own_id = values.get(b"i")
+    draft = Draft(
+        action=values[b"a"].decode(),
+        data=values[b"d"],
+        event_id=None if own_id is None else own_id.decode(),
+        kind=Kind(values[b"k"].decode()),
+    )
+    return Entry(seq=_seq(entry_id), draft=draft)
+
+
+def _identities(value: bytes) -> list[str]:
+    identities: list[str] = json.loads(value[32:])
+    return identities

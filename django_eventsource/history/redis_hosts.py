@@ -1,0 +1,209 @@
+"""The Redis servers of a history: their addresses, connections, and when to try again."""
+
+from __future__ import annotations
+
+import binascii
+import importlib
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from django.core.exceptions import ImproperlyConfigured
+
+from .redis_scripts import Script
+
+T = TypeVar("T")
+
+SETTING = "EVENTSOURCE_HISTORY HOSTS"
+HOST_FORMS = (
+    'URLs such as "redis://127.0.0.1:6379", (host, port) tuples, and dictionaries with '
+    '"address" or with keyword arguments of redis.Redis'
+)
+PASSING = ("NOREPLICAS", "BUSY ")
+"""How errors begin that go away, besides those that have a class of their own."""
+WAYS_OUT = {
+    "OutOfMemoryError": "Give it more memory (maxmemory), or keep less: MAX_EVENTS, MAX_AGE.",
+    "MISCONF": "It cannot write its data to disk: look at its log and at the disk.",
+    "NoPermissionError": "Its user may not run this command: allow it (ACL SETUSER).",
+    "ReadOnlyError": "It is a replica: HOSTS must name the primary.",
+}
+"""What to do about errors: by their class, or by how they begin."""
+
+
+class Host:
+    """One server: runs work on it, again while it cannot be reached."""
+
+    def __init__(self, redis: Any, name: str, client: Any, timeout: float) -> None:
+        self.name = name
+        """The address, without any password."""
+        self.client = client
+        self._timeout = timeout
+        errors = redis.exceptions
+        self._no_script = errors.NoScriptError
+        self._read_only = errors.ReadOnlyError
+        self._refused = (errors.AuthenticationError, errors.AuthorizationError)
+        self._errors = errors.RedisError
+        self._passing = (
+            errors.ConnectionError,
+            errors.TimeoutError,
+            errors.ReadOnlyError,
+            errors.ClusterDownError,
+            errors.MasterDownError,
+            errors.TryAgainError,
+        )
+
+    def again(self, work: Callable[[float | None], T]) -> T:
+        """Run work until it succeeds, fails for good, or the time is up.
+
+        :param work: is given the seconds since the first attempt began; ``None`` if it
+            is the first.
+        """
+        began = time.monotonic()
+        elapsed: float | None = None
+        pause = 0.01
+        while True:
+            try:
+                return work(elapsed)
+            except self._errors as error:
+                elapsed = time.monotonic() - began
+                if not self._passes(error) or elapsed >= self._timeout:
+                    self._explain(error, elapsed)
+                    raise
+                if isinstance(error, self._read_only):
+                    # Its name may lead to another server by now.
+                    self.client.close()
+            # Those who retried in step would collide again.
+            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311
+            pause = min(pause * 2, 1.0)
+            elapsed = time.monotonic() - began
+
+    def _passes(self, error: Exception) -> bool:
+        if isinstance(error, self._refused):
+            return False
+        return isinstance(error, self._passing) or str(error).startswith(PASSING)
+
+    def _explain(self, error: Exception, elapsed: float) -> None:
+        names = (type(error).__name__, str(error).partition(" ")[0])
+        way_out = next((WAYS_OUT[name] for name in names if name in WAYS_OUT), "")
+        tried = f"tried for {elapsed:.1f} s. " if self._passes(error) else ""
+        error.add_note(f"Redis server of the history: {self.name}. {tried}{way_out}".rstrip())
+
+    def run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script that may run twice."""
+        return self.again(lambda _: self.run_once(script, keys, args))
+
+    def run_once(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script, also on a server that does not know it (any more)."""
+        try:
+            return self.client.evalsha(script.sha, len(keys), *keys, *args)
+        except self._no_script:
+            return self.client.eval(script.source, len(keys), *keys, *args)
+
+    def pipe(
+        self,
+        commands: Sequence[Sequence[Any]],
+        first: tuple[Script, str, Sequence[Any]] | None = None,
+    ) -> list[Any]:
+        """Run commands, after a script on one key if one is given, in one round trip.
+
+        All of them may run twice.
+        """
+        return self.again(lambda _: self._pipe(commands, first))
+
+    def _pipe(
+        self, commands: Sequence[Sequence[Any]], first: tuple[Script, str, Sequence[Any]] | None
+    ) -> list[Any]:
+        pipeline = self.client.pipeline(transaction=False)
+        if first is not None:
+            script, key, args = first
+            pipeline.execute_command("EVALSHA", script.sha, 1, key, *args)
+        for command in commands:
+            pipeline.execute_command(*command)
+        results: list[Any] = pipeline.execute(raise_on_error=False)
+        if first is not None and isinstance(results[0], self._no_script):
+            results[0] = self.run_once(script, [key], args)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+
+class Hosts:
+    """The servers, and which of them holds what.
+
+    :raises ImproperlyConfigured: when redis-py is missing or an address is wrong.
+    """
+
+    def __init__(self, hosts: Any, timeout: float) -> None:
+        try:
+            redis = importlib.import_module("redis")
+        except ImportError as error:
+            raise ImproperlyConfigured(
+                "RedisHistory needs redis-py, which is not installed: "
+                'pip install "django-eventsource[redis]"'
+            ) from error
+        if not isinstance(hosts, list | tuple) or not hosts:
+            raise ImproperlyConfigured(
+                f"{SETTING} must be a list of {HOST_FORMS}; not {_shown(hosts)}."
+            )
+        self.all = [_make_host(redis, host, timeout) for host in hosts]
+
+    def of(self, key: str) -> Host:
+        """Give the server that holds a key: the same in every process."""
+        crc = binascii.crc32(key.encode()) & 0xFFF
+        return self.all[crc * len(self.all) // 4096]
+
+
+def _make_host(redis: Any, host: Any, timeout: float) -> Host:
+    kwargs = _keyword_arguments(host)
+    # A call must be able to fail and be tried again before its time is up.
+    defaults = {"socket_timeout": timeout / 3, "socket_connect_timeout": timeout / 3}
+    try:
+        client = _make_client(redis, {**defaults, **kwargs})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ImproperlyConfigured(
+            f"{SETTING} must be {HOST_FORMS}; not {_shown(host)}: {error}."
+        ) from error
+    pool = client.connection_pool
+    # redis-py must not try again by itself: an append that timed out may have run. And
+    # events are bytes.
+    no_retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
+    client.set_retry(no_retry)
+    pool.connection_kwargs.update(decode_responses=False, retry_on_timeout=False)
+    known = {**pool.connection_kwargs, **kwargs}
+    name = known.get("path") or known.get("master_name")
+    name = name or f"{known.get('host', 'localhost')}:{known.get('port', 6379)}"
+    return Host(redis, str(name), client, timeout)
+
+
+def _keyword_arguments(host: Any) -> dict[str, Any]:
+    match host:
+        case str():
+            return {"address": host}
+        case (str() as name, int() as port):
+            return {"host": name, "port": port}
+        case Mapping():
+            return dict(host)
+    raise ImproperlyConfigured(f"{SETTING} must be {HOST_FORMS}; not {_shown(host)}.")
+
+
+def _make_client(redis: Any, kwargs: dict[str, Any]) -> Any:
+    if "address" in kwargs:
+        return redis.Redis.from_url(kwargs.pop("address"), **kwargs)
+    if "master_name" in kwargs:
+        name, sentinels = kwargs.pop("master_name"), kwargs.pop("sentinels", [])
+        sentinel = redis.sentinel.Sentinel(
+            sentinels,
+            sentinel_kwargs=kwargs.pop("sentinel_kwargs", None),
+            **kwargs,
+        )
+        return sentinel.master_for(name)
+    return redis.Redis(**kwargs)
+
+
+def _shown(value: Any) -> str:
+    """Show addresses without their passwords."""
+    text = re.sub(r"//[^'@]*@", "//", repr(value))
+    return re.sub(r"(password'): '[^']*'", r"\1: '...'", text)

@@ -1,0 +1,224 @@
+"""What the Redis history runs inside the server: each script is atomic.
+
+A script touches the keys of one token only, or one key of the history's own, and is
+given all of them: so it runs on a cluster too. Numbers are formatted by hand, since Lua
+would write one of 16 digits as ``1.7e+15``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+
+class Script:
+    """A Lua script, and the name under which the server remembers it."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        # The name that Redis gives it; nothing here is kept secret by it.
+        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+_COMMON = """
+local function micros()
+  local time = redis.call('TIME')
+  return time[1] * 1000000 + time[2]
+end
+local function text(number)
+  return string.format('%.0f', number)
+end
+local function field(entry, name)
+  for at = 1, #entry[2], 2 do
+    if entry[2][at] == name then return entry[2][at + 1] end
+  end
+end
+-- A server that was started anew, or took over from another, has a new run id. It may
+-- have lost its last writes.
+local function run()
+  return string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') or ''
+end
+"""
+
+APPEND = Script(
+    _COMMON
+    + """
+local head, events, ids, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local floor, elapsed, ref = ARGV[1], ARGV[2], ARGV[3]
+local max_events, max_age = tonumber(ARGV[4]), tonumber(ARGV[5])
+
+-- An attempt that arrives late, after the one that followed it.
+local done = redis.call('GET', marker)
+if done then return done end
+
+local now = micros()
+if elapsed ~= '' then
+  -- Not the first attempt: an earlier one may have run, and its answer got lost.
+  local since, at = now - tonumber(elapsed), '+'
+  while at do
+    local some = redis.call('XREVRANGE', events, at, '-', 'COUNT', 50)
+    at = nil
+    for _, entry in ipairs(some) do
+      local seq = string.match(entry[1], '^%d+')
+      if field(entry, 'r') == ref then return seq end
+      if tonumber(field(entry, 't')) < since then at = nil break end
+      at = text(seq - 1)
+    end
+  end
+end
+
+local known = redis.call('HMGET', head, 'last', 'run')
+local last, this_run = tonumber(known[1]), run()
+local seq, before
+if not last then
+  if floor == '' then return false end
+  -- The server may have evicted the head alone. (A full server refuses a script at its
+  -- first write only, and DEL is one that it lets pass.)
+  if redis.call('EXISTS', events, ids) > 0 then redis.call('DEL', events, ids) end
+  before, seq = floor, math.max(now, floor + 1)
+elseif known[2] ~= this_run then
+  -- Numbers above the last one may have been given out before writes were lost: they
+  -- are left out. The distance counts only when the clock was set back.
+  before, seq = text(last), math.max(now, last + 1000000000)
+else
+  seq = last + 1
+end
+local first = seq
+
+for at = 8, #ARGV, 4 do
+  local own = ARGV[at + 3]
+  local entry = {'a', ARGV[at], 'd', ARGV[at + 1], 'k', ARGV[at + 2], 't', text(now)}
+  local function add(name, value)
+    entry[#entry + 1] = name
+    entry[#entry + 1] = value
+  end
+  if own ~= '' then add('i', own) end
+  if seq == first then
+    add('r', ref)
+    if before then add('p', before) end
+  end
+  redis.call('XADD', events, text(seq) .. '-0', unpack(entry))
+  if own ~= '' then redis.call('HSETNX', ids, own, text(seq)) end
+  if ARGV[at + 2] == 'finish' then redis.call('HSET', head, 'closed', text(seq)) end
+  seq = seq + 1
+end
+redis.call('HSET', head, 'last', text(seq - 1), 'run', this_run)
+redis.call('PEXPIRE', head, ARGV[7])
+redis.call('PEXPIRE', events, ARGV[6])
+redis.call('PEXPIRE', ids, ARGV[6])
+if elapsed ~= '' then redis.call('SET', marker, text(first), 'PX', 600000) end
+
+-- Remove what is too many or too old. Entries are read in growing batches: mostly there
+-- is one to remove, or none.
+local length, batch = redis.call('XLEN', events), 1
+while true do
+  local oldest = redis.call('XRANGE', events, '-', '+', 'COUNT', batch)
+  local gone = 0
+  for _, entry in ipairs(oldest) do
+    if length - gone <= max_events and tonumber(field(entry, 't')) >= now - max_age then break end
+    local own = field(entry, 'i')
+    if own and redis.call('HGET', ids, own) == string.match(entry[1], '^%d+') then
+      redis.call('HDEL', ids, own)
+    end
+    gone = gone + 1
+  end
+  if gone > 0 then
+    length = length - gone
+    redis.call('XTRIM', events, 'MAXLEN', length)
+  end
+  if gone < batch then break end
+  batch = math.min(batch * 2, 100)
+end
+return text(first)
+"""
+)
+"""Append events, once whatever attempts arrive in whatever order; give the first number.
+
+Nil when the token has no history and the floor was not given. Keys: head, events, own
+ids, marker of the attempt. Arguments: floor or ``""``; microseconds since before the
+first attempt, or ``""`` for that one; the reference of all attempts; MAX_EVENTS; MAX_AGE in
+microseconds; MAX_AGE and TOKEN_MAX_AGE in milliseconds; then for each event its action,
+data, kind and own id or ``""``.
+"""
+
+READ = Script(
+    _COMMON
+    + """
+local head, events = KEYS[1], KEYS[2]
+local at, max_events, max_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local known = redis.call('HMGET', head, 'last', 'closed')
+if not known[1] then return false end
+local found, size, batch = {}, 0, 4
+while #found < max_events do
+  local count = math.min(batch, max_events - #found)
+  local some = redis.call('XRANGE', events, at, '+', 'COUNT', count)
+  for _, entry in ipairs(some) do
+    size = size + #field(entry, 'd')
+    if #found > 0 and size > max_bytes then return {known[1], known[2], found} end
+    found[#found + 1] = entry
+    at = text(string.match(entry[1], '^%d+') + 1)
+  end
+  if #some < count then break end
+  batch = math.min(batch * 2, 128)
+end
+return {known[1], known[2], found}
+"""
+)
+"""Read events up to a number and a size; nil when the token has no history.
+
+Keys: head, events. Arguments: first number wanted, most events, most bytes.
+"""
+
+FLOOR = Script(
+    _COMMON
+    + """
+local known = redis.call('HMGET', KEYS[1], 'floor', 'made', 'epoch')
+local floor, made, epoch = tonumber(known[1]), tonumber(known[2]), known[3]
+local now, half = micros(), tonumber(ARGV[2])
+if not (floor and made and epoch) then
+  floor, made, epoch = now, now, ARGV[1]
+  redis.call('HSET', KEYS[1], 'floor', text(floor), 'made', text(made), 'epoch', epoch)
+elseif math.abs(now - made) >= half then
+  -- When the clock was set back, the floor rises above what was given out since.
+  floor = now > floor and now or floor + half
+  redis.call('HSET', KEYS[1], 'floor', text(floor), 'made', text(now))
+end
+return {text(floor), epoch}
+"""
+)
+"""Give the floor and the epoch; make them where there are none, renew an old floor.
+
+Arguments: a new epoch, half of TOKEN_MAX_AGE in microseconds.
+"""
+
+LEASE = Script(
+    _COMMON
+    + """
+local known = redis.call('HMGET', KEYS[1], 'generation', 'run', 'made')
+local generation, this_run, now = known[1], run(), micros()
+local valid = generation and generation == ARGV[1] and known[2] == this_run
+local young = valid and math.abs(now - known[3]) < tonumber(ARGV[4])
+if not young then
+  if not valid then generation = ARGV[2] end
+  redis.call('HSET', KEYS[1], 'generation', generation, 'run', this_run, 'made', text(now))
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+return {generation, young and 1 or 0}
+"""
+)
+"""Renew a process's lease; give its generation, and 1 if what it wrote before is all there.
+
+Arguments: the generation that the process knows, a new one, milliseconds until the lease
+expires, microseconds after which everything must be written again.
+"""
+
+FORGET = Script(
+    """
+for at = 1, #ARGV, 2 do
+  if redis.call('HGET', KEYS[1], ARGV[at]) == ARGV[at + 1] then
+    redis.call('HDEL', KEYS[1], ARGV[at])
+  end
+end
+return 0
+"""
+)
+"""Remove the fields that still hold these values. Arguments: field, value, field, ..."""

@@ -1,0 +1,153 @@
+"""The open streams of this process: who listens to what, and how many may."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from weakref import WeakKeyDictionary
+
+from django.utils.crypto import salted_hmac
+
+from .conf import conf
+from .streams import EventStream
+
+Recheck = Callable[[], Awaitable[bool]]
+OnClose = Callable[["Listener", EventStream], None]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Listener:
+    """A client with an open stream."""
+
+    tokens: tuple[str, ...]
+    """What it listens to."""
+    user: str = ""
+    """Who it is, as the policy says: the user's primary key, as text; empty for nobody."""
+    address: str = ""
+    """Its network address, or that of the proxy before the server."""
+    session: str = ""
+    """A hash of its session's key; empty without a session."""
+    opened: float = field(default_factory=time.time)
+    """When its stream began, in seconds since the epoch."""
+    exclusive: bool = False
+    """Must it be the only listener of its tokens?"""
+    recheck: Recheck | None = None
+    """Asks the policy again."""
+    sender: type | None = None
+    """The class of the view that serves it."""
+    loop: asyncio.AbstractEventLoop | None = None
+    """The event loop that serves it."""
+    ends_at: float = float("inf")
+    """When its stream is to end, on the monotonic clock."""
+    recheck_at: float = float("inf")
+    """When to ask the policy again, on the monotonic clock."""
+
+
+class Limit(StrEnum):
+    """Why a stream may not begin."""
+
+    PROCESS = "EVENTSOURCE_MAX_STREAMS"
+    TOKEN = "EVENTSOURCE_MAX_STREAMS_PER_TOKEN"  # noqa: S105
+    USER = "EVENTSOURCE_MAX_STREAMS_PER_USER"
+    ADDRESS = "EVENTSOURCE_MAX_STREAMS_PER_ADDRESS"
+    EXCLUSIVE = "exclusive"
+
+
+class Registry:
+    """The streams that were admitted and have not ended.
+
+    It holds no stream alive: one that is dropped without being served is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._streams: WeakKeyDictionary[EventStream, Listener] = WeakKeyDictionary()
+        self._counts: Counter[tuple[Limit, str]] = Counter()
+        self._lock = threading.RLock()  # reentrant: the garbage collector may end a stream
+
+    def limit(self, listener: Listener) -> Limit | None:
+        """Give the limit that one more stream would pass, if there is one."""
+        with self._lock:
+            for limit, key in _keys(listener):
+                most = _most(limit)
+                if most is not None and self._counts[limit, key] >= most:
+                    return limit
+            if listener.exclusive and any(map(self.count, listener.tokens)):
+                return Limit.EXCLUSIVE
+        return None
+
+    def admit(self, stream: EventStream, listener: Listener, on_close: OnClose) -> Limit | None:
+        """Count a stream in, unless that would pass a limit, which is given then.
+
+        :param on_close: called when it has ended, in whatever thread that happens.
+        """
+        with self._lock:
+            limit = self.limit(listener)
+            if limit is not None:
+                return limit
+            self._count(listener, 1)
+            self._streams[stream] = listener
+        now = time.monotonic()
+        listener.ends_at = now + _jittered(conf.stream_max_age_seconds)
+        listener.recheck_at = now + _jittered(conf.recheck_seconds)
+        stream.on_close = partial(self._release, listener, on_close)
+        return None
+
+    def _release(self, listener: Listener, on_close: OnClose, stream: EventStream) -> None:
+        with self._lock:
+            self._count(listener, -1)
+            self._streams.pop(stream, None)
+        on_close(listener, stream)
+
+    def _count(self, listener: Listener, step: int) -> None:
+        for key in _keys(listener):
+            self._counts[key] += step
+            if not self._counts[key]:
+                del self._counts[key]
+
+    def streams(
+        self, loop: asyncio.AbstractEventLoop | None = None
+    ) -> Iterator[tuple[EventStream, Listener]]:
+        """Give the streams, of one event loop if it is named."""
+        with self._lock:
+            found = list(self._streams.items())
+        return ((one, who) for one, who in found if loop is None or who.loop is loop)
+
+    def count(self, token: str) -> int:
+        """Give the number of streams of a token in this process."""
+        with self._lock:
+            return self._counts[Limit.TOKEN, token]
+
+
+registry = Registry()
+
+
+def hide_session(session_key: str) -> str:
+    """Give what stands for a session's key where others could read it."""
+    return salted_hmac("django_eventsource.session", session_key).hexdigest()[:32]
+
+
+def _keys(listener: Listener) -> Iterator[tuple[Limit, str]]:
+    yield Limit.PROCESS, ""
+    for token in listener.tokens:
+        yield Limit.TOKEN, token
+    if listener.user:
+        yield Limit.USER, listener.user
+    if listener.address:
+        yield Limit.ADDRESS, listener.address
+
+
+def _most(limit: Limit) -> int | None:
+    most: int | None = getattr(conf, limit.removeprefix("EVENTSOURCE_").lower())
+    return most
+
+
+def _jittered(seconds: float | None) -> float:
+    """Give a time of up to so many seconds, so that not all streams are due at once."""
+    return float("inf") if seconds is None else seconds * random.uniform(0.75, 1)  # noqa: S311

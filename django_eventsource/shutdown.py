@@ -1,0 +1,84 @@
+"""Ending well: when the server is told to end, its streams end first.
+
+Servers wait for open responses, some of them for ever. So at the first stream, on the main
+thread, SIGTERM and SIGINT are taken: the streams end, each telling its listener to come
+back after a random time, and then the handler that was there before is called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from .listeners import registry
+from .streams import COME_BACK_MS, Reason, jittered_ms
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE_SECONDS = 0.5
+"""How long streams may take to write their last bytes."""
+STEP_SECONDS = 0.01
+
+
+class Shutdown:
+    """Whether this process ends, and which event loop knows of it."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        """Has it begun? Then no new stream is opened."""
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def on_signal(self, previous: Any, number: int, frame: FrameType | None) -> None:
+        """Receive a signal: end the streams, then do what was done before."""
+        loop = self.loop
+        if self.begun or loop is None or not loop.is_running() or not any(registry.streams()):
+            call(previous, number, frame)
+            return
+        self.begun = True
+        loop.call_soon_threadsafe(self._begin, loop, partial(call, previous, number, frame))
+
+    def _begin(self, loop: asyncio.AbstractEventLoop, then: Any) -> None:
+        task = loop.create_task(end_streams(loop))
+        self._tasks.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda task: then())
+
+
+shutdown = Shutdown()
+
+
+def install(loop: asyncio.AbstractEventLoop) -> None:
+    """Take the signals, once, if this is the main thread: no other may."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    shutdown.loop = loop
+    for number in SIGNALS:
+        previous = signal.getsignal(number)
+        ours = isinstance(previous, partial) and previous.func == shutdown.on_signal
+        if not ours:
+            signal.signal(number, partial(shutdown.on_signal, previous))
+
+
+async def end_streams(loop: asyncio.AbstractEventLoop) -> None:
+    """End the streams of a loop: after what is buffered, or else after the grace."""
+    for stream, _ in registry.streams(loop):
+        stream.end(Reason.SHUTDOWN, jittered_ms(*COME_BACK_MS))
+    deadline = loop.time() + GRACE_SECONDS
+    while any(registry.streams(loop)) and loop.time() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(STEP_SECONDS)
+    for stream, _ in registry.streams(loop):
+        stream.abort(Reason.SHUTDOWN)
+
+
+def call(previous: Any, number: int, frame: FrameType | None) -> None:
+    """Do what a signal did before it was taken."""
+    if callable(previous):
+        previous(number, frame)
+    elif previous == signal.SIG_DFL:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)

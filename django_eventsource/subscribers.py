@@ -1,0 +1,363 @@
+"""Subscribers: the bounded buffer of one stream, and its place in each of its tokens.
+
+A :class:`Subscriber` is one stream's buffer. It has a :class:`Subscription` for each token
+that the stream carries: nearly always one. A subscription is either *live* (it gets what
+the token's feed passes on) or *behind* (its stream reads from the history until it has
+caught up).
+
+All of it belongs to one event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Protocol
+
+from .cursors import join_cursor, short_key
+from .events import RESET
+from .frames import KEEPALIVE, encode_event, encode_id
+from .history import Slice
+from .history.base import cursor_at
+
+
+def share_of(stream_bytes: int) -> int:
+    """Give the part of what a stream may hold that its buffer may take.
+
+    As much again may be with the server, which asyncio lets hold 64 KiB besides.
+    """
+    return stream_bytes * 3 // 8
+
+
+def reset_frame(
+    reason: str,
+    *,
+    after: str | None,
+    resume: str | None,
+    token: str | None = None,
+    commit: bool = True,
+) -> bytes:
+    """Encode the event that tells a listener that it missed events.
+
+    :param reason: ``unknown`` (an id never given out), ``expired`` (events after it are
+        gone) or ``overflow`` (live-only events came faster than they were read).
+    :param after: the last event id before what is missing, if it is known.
+    :param resume: the id from which the stream goes on, if it moves the listener there.
+    :param token: whose events they are, on a stream that carries several tokens.
+    :param commit: make that id the listener's last event id.
+    """
+    data = {"reason": reason, "after": after, "resume": resume}
+    if token is not None:
+        data["token"] = token
+    return encode_event(RESET, json.dumps(data).encode(), resume if commit else None)
+
+
+class Passes(Protocol):
+    """What a subscription needs of the feed that it is in."""
+
+    def adopt(self, subscription: Subscription) -> None:
+        """Let it be live, if the feed is not ahead of it."""
+
+    def remove(self, subscription: Subscription) -> None:
+        """Pass on nothing more to it."""
+
+
+class Subscription:
+    """A stream's place in one token.
+
+    :param subscriber: whose it is.
+    :param token: the token.
+    :param position: the sequence number from which the stream goes on.
+    :param anew: did the listener open the token anew, after a close at that place?
+    :param finished: has the listener seen the close at that place? Nothing follows.
+    """
+
+    __slots__ = (
+        "_anew_at",
+        "_key",
+        "done",
+        "feed",
+        "finished",
+        "live",
+        "position",
+        "sent",
+        "subscriber",
+        "token",
+    )
+
+    def __init__(
+        self, subscriber: Subscriber, token: str, position: int, *, anew: bool, finished: bool
+    ) -> None:
+        self.subscriber = subscriber
+        self.token = token
+        self.position = position
+        """The sequence number up to which events are buffered or sent."""
+        self.sent = position
+        """The sequence number up to which events were taken for the socket."""
+        self.feed: Passes | None = None
+        self.live = finished
+        self.finished = finished
+        """Has the close been buffered? Nothing comes after it."""
+        self.done = finished
+        """Has it been taken for the socket?"""
+        self._anew_at = position if anew else None
+        self._key: bytes | None = None
+
+    @property
+    def place(self) -> tuple[bytes, int, bool]:
+        """Its part of a joined cursor."""
+        if self._key is None:
+            self._key = short_key(self.token)
+        return self._key, self.position, self.position == self._anew_at
+
+    @property
+    def cursor(self) -> str:
+        """The last event id of a listener that has got all that is buffered."""
+        if self.subscriber.joined:
+            return join_cursor(one.place for one in self.subscriber.subscriptions)
+        return cursor_at(self.position, closed=self.position == self._anew_at)
+
+    def push(self, seq: int | None, frame: bytes, finish: bool) -> None:
+        """Buffer a frame; when there is no room, fall behind instead."""
+        subscriber = self.subscriber
+        if self.finished or subscriber.finished:
+            return
+        if seq is None:
+            if subscriber.write_volatile(frame, finish):
+                self._finish(finish)
+        elif self.live and seq > self.position:
+            if subscriber.has_room(frame):
+                self.position = seq
+                subscriber.write(self._stamped(frame))
+                self._finish(finish)
+            else:
+                subscriber.overflow()
+
+    def move(
+        self, position: int, *, anew: bool = False, missing: bool = False, after: int | None = None
+    ) -> None:
+        """Go to another place, and tell the listener.
+
+        :param anew: is that place a close, which the listener has not seen?
+        :param missing: are there events before it that the listener misses?
+        :param after: the last sequence number before them.
+        """
+        self.subscriber.write(self._moved(position, anew=anew, missing=missing, after=after))
+
+    def catch_up(self, slice_: Slice) -> bytes:
+        """Go on by what was read from the history; become live when nothing is left.
+
+        Gives the bytes to write, perhaps none.
+        """
+        frames = []
+        if not slice_.complete:
+            closed = slice_.closed
+            frames.append(self._moved(slice_.last, anew=closed, missing=True, after=self.position))
+        for entry in slice_.entries:
+            self.position = entry.seq
+            frames.append(self._stamped(entry.frame()))
+            if entry.finishes:
+                self.live = self.done = True
+                self._finish(True)
+                if self.subscriber.finished:
+                    self.subscriber.end()
+                break
+        else:
+            if not slice_.more:
+                self.go_live()
+        self.sent = self.position
+        self.subscriber.quiet = self.subscriber.quiet and not frames
+        return b"".join(frames)
+
+    def go_live(self) -> None:
+        """Become live, unless the feed is ahead of what was read."""
+        if self.feed is not None:
+            self.feed.adopt(self)
+
+    def _moved(self, position: int, *, anew: bool, missing: bool, after: int | None) -> bytes:
+        self.position = position
+        self._anew_at = position if anew else None
+        if not missing:
+            return encode_id(self.cursor)
+        token = self.token if self.subscriber.joined else None
+        return reset_frame("expired", after=str(after), resume=self.cursor, token=token)
+
+    def _stamped(self, frame: bytes) -> bytes:
+        """Give a durable frame the id that resumes all tokens of the stream."""
+        if not self.subscriber.joined:
+            return frame
+        return b"id: %s\n%s" % (self.cursor.encode(), frame.partition(b"\n")[2])
+
+    def _finish(self, finish: bool) -> None:
+        if finish:
+            self.finished = True
+            if all(one.finished for one in self.subscriber.subscriptions):
+                self.subscriber.finished = True
+
+
+class Subscriber:
+    """The bounded buffer of one stream.
+
+    :param buffer_bytes: the most that it holds, with what the server is about to take.
+        One frame is held even if it is larger.
+    :param keepalive_seconds: longest silence, or ``None``.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_in_flight",
+        "_lost",
+        "_size",
+        "_volatile",
+        "_waiter",
+        "buffer_bytes",
+        "finished",
+        "joined",
+        "keepalive_seconds",
+        "quiet",
+        "subscriptions",
+    )
+
+    def __init__(
+        self, *, buffer_bytes: int, keepalive_seconds: float | None, joined: bool = False
+    ) -> None:
+        self.buffer_bytes = buffer_bytes
+        self.keepalive_seconds = keepalive_seconds
+        self.joined = joined
+        """Does one cursor stand for several tokens?"""
+        self.subscriptions: list[Subscription] = []
+        self.finished = False
+        """Has the last frame been buffered? Nothing comes after it."""
+        self.quiet = False
+        """Was nothing written since the last keepalive tick?"""
+        self._buffer: list[bytes] = []
+        self._size = 0
+        self._in_flight = 0  # what was taken, and the server may not have taken on yet
+        self._volatile = False  # does the buffer hold events that no history has?
+        self._lost = False  # were such events dropped?
+        self._waiter: asyncio.Future[None] | None = None
+
+    def add(
+        self, token: str, position: int, *, anew: bool = False, finished: bool = False
+    ) -> Subscription:
+        """Add a token, which is behind until the stream has caught up."""
+        subscription = Subscription(self, token, position, anew=anew, finished=finished)
+        self.subscriptions.append(subscription)
+        return subscription
+
+    # For the feeds
+
+    def write(self, frame: bytes) -> None:
+        """Buffer bytes and wake the stream."""
+        self.quiet = False
+        self._buffer.append(frame)
+        self._size += len(frame)
+        self._wake()
+
+    def write_volatile(self, frame: bytes, finish: bool) -> bool:
+        """Buffer an event that no history has; ``False`` when it was dropped instead."""
+        if not self.has_room(frame):
+            self.overflow()
+            self._lost = self._lost or not finish
+            if not finish:
+                return False
+        self._volatile = True
+        self.write(frame)
+        return True
+
+    def keep_alive(self) -> None:
+        """Write a keepalive if nothing was written since the last call, and nothing waits."""
+        if self.quiet and not self._buffer:
+            self.write(KEEPALIVE)
+        else:
+            self.quiet = True
+
+    def has_room(self, frame: bytes) -> bool:
+        """Tell whether a frame can be buffered."""
+        held = self._size + self._in_flight
+        return not self._buffer or held + len(frame) <= self.buffer_bytes
+
+    def overflow(self) -> None:
+        """Drop the buffer, not the listener: it goes on from the history."""
+        self._buffer.clear()
+        self._size = 0
+        self._lost = self._lost or self._volatile
+        self._volatile = False
+        for one in self.subscriptions:
+            one.position = one.sent
+            one.live = one.finished = one.done
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # For the stream
+
+    def end(self) -> None:
+        """Finish at once, dropping what is buffered, and wake the stream."""
+        self._buffer.clear()
+        self._size = 0
+        self._lost = self._volatile = False
+        self.finished = True
+        for one in self.subscriptions:
+            one.live = one.finished = one.done = True
+        self._wake()
+
+    def finish(self, frame: bytes) -> None:
+        """Finish after what is buffered already, and this."""
+        if not self.finished:
+            self.finished = True
+            for one in self.subscriptions:
+                one.live = one.finished = True
+            self.write(frame)
+
+    def take(self) -> bytes:
+        """Give all that is buffered, as one write."""
+        chunk = b"".join(self._buffer)
+        self._buffer.clear()
+        self._size = 0
+        self._volatile = False
+        for one in self.subscriptions:
+            one.sent = one.position
+            one.done = one.finished
+        return chunk
+
+    def take_loss(self) -> bytes:
+        """Give a ``reset`` when events that no history has were dropped."""
+        if not self._lost:
+            return b""
+        self._lost = False
+        return reset_frame("overflow", after=None, resume=None)
+
+    def fly(self, size: int) -> None:
+        """Count what the server is about to take as held, until the next call."""
+        self._in_flight = size
+
+    @property
+    def has_frames(self) -> bool:
+        """Is anything buffered?"""
+        return bool(self._buffer)
+
+    @property
+    def behind(self) -> Subscription | None:
+        """One of its tokens of which the stream has to read the history."""
+        for one in self.subscriptions:
+            if not one.live:
+                return one
+        return None
+
+    @property
+    def has_news(self) -> bool:
+        """Is there anything for the stream to do?"""
+        return bool(self._buffer) or self._lost or self.finished or self.behind is not None
+
+    async def wait(self) -> None:
+        """Wait until there are news."""
+        if self.has_news:
+            return
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None

@@ -1,0 +1,215 @@
+"""The watch: one per event loop, over all streams that the loop serves.
+
+Once per second it ends the streams that are too old, whose reader has stalled, and whose
+listener has lost its right. It tells the history who listens, and hears from other
+processes which streams are to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+
+from .conf import conf
+from .control import CLOSE, Selection
+from .events import RESET
+from .frames import Decoder
+from .history import get_history
+from .hub import Hub, get_hub
+from .listeners import Limit, Listener, registry
+from .shutdown import install
+from .signals import stream_closed
+from .streams import COME_BACK_MS, EventStream, Reason, jittered_ms
+from .tokens import CONTROL_TOKEN
+
+logger = logging.getLogger("django_eventsource.watch")
+
+SWEEP_SECONDS = 1.0
+LEASE_BEATS = 3
+"""After how many missed beats a process's listeners are no longer counted."""
+RECHECKS_AT_ONCE = 10
+
+
+class Watch:
+    """Looks after the streams of one event loop."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.process = uuid.uuid4().hex
+        """What the lease of this loop's listeners is held under."""
+        self._changed: set[str] = set()
+        self._beating = asyncio.Lock()
+        self._beat_now = asyncio.Event()
+        install(hub.loop)
+        hub.start(self._sweep_forever())
+        hub.start(self._beat_forever())
+        hub.start(self._hear_forever())
+
+    def admit(self, stream: EventStream, listener: Listener) -> Limit | None:
+        """Take a stream under watch, unless that would pass a limit, which is given then."""
+        listener.loop = self.hub.loop
+        limit = registry.admit(stream, listener, self._on_close)
+        if limit is None:
+            self._note(listener)
+        return limit
+
+    def _on_close(self, listener: Listener, stream: EventStream) -> None:
+        """Receive the end of a stream, in whatever thread."""
+        loop = self.hub.loop
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._closed, listener, stream.reason)
+
+    def _closed(self, listener: Listener, reason: Reason | None) -> None:
+        self._note(listener)
+        if stream_closed.has_listeners(listener.sender):
+            self.hub.start(self._tell(listener, reason))
+
+    async def _tell(self, listener: Listener, reason: Reason | None) -> None:
+        seconds = time.time() - listener.opened
+        await stream_closed.asend_robust(
+            listener.sender, listener=listener, reason=reason, seconds=seconds
+        )
+
+    # Once per second
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                await self._sweep()
+            except Exception:
+                logger.exception("Looking after the streams failed; trying again.")
+
+    async def _sweep(self) -> None:
+        now = time.monotonic()
+        stall_seconds = conf.stream_stall_seconds or float("inf")
+        due = []
+        for stream, listener in registry.streams(self.hub.loop):
+            since = stream.sending_since
+            if since is not None and now - since > stall_seconds:
+                stream.abort(Reason.STALLED)
+            elif now > listener.ends_at:
+                stream.end(Reason.AGE)
+            elif now > listener.recheck_at:
+                due.append((stream, listener))
+        limit = asyncio.Semaphore(RECHECKS_AT_ONCE)
+        await asyncio.gather(*(self._recheck(limit, *one) for one in due))
+
+    async def _recheck(
+        self, limit: asyncio.Semaphore, stream: EventStream, listener: Listener
+    ) -> None:
+        listener.recheck_at = time.monotonic() + (conf.recheck_seconds or float("inf"))
+        async with limit:
+            try:
+                allowed = listener.recheck is None or await listener.recheck()
+            except Exception:
+                logger.exception("A listener's rights could not be checked; trying again.")
+                return
+        if not allowed:
+            stream.end(Reason.REFUSED)
+
+    # Presence
+
+    def _note(self, listener: Listener) -> None:
+        self._changed.update(listener.tokens)
+        if listener.exclusive:
+            self._beat_now.set()
+
+    async def _beat_forever(self) -> None:
+        while True:
+            seconds = conf.presence_seconds
+            timer = self.hub.loop.call_later(seconds or SWEEP_SECONDS, self._beat_now.set)
+            await self._beat_now.wait()
+            timer.cancel()
+            self._beat_now.clear()
+            try:
+                await self.beat()
+            except Exception:
+                logger.exception("The list of listeners could not be written; trying again.")
+
+    async def beat(self) -> None:
+        """Tell the history what has changed, and that this process lives."""
+        seconds = conf.presence_seconds
+        if seconds is None:
+            return
+        async with self._beating:
+            if not await self._announce(LEASE_BEATS * seconds):
+                # The lease was not there: everything is to be told anew.
+                for _, listener in registry.streams(self.hub.loop):
+                    self._changed.update(listener.tokens)
+                await self._announce(LEASE_BEATS * seconds)
+
+    async def _announce(self, lease_seconds: float) -> bool:
+        changed, self._changed = self._changed, set()
+        lists = self._lists(changed)
+        if not changed and not any(registry.streams(self.hub.loop)):
+            return True  # a process without listeners needs no lease
+        try:
+            return await get_history().aannounce(self.process, lists, lease_seconds)
+        except BaseException:
+            self._changed |= changed
+            raise
+
+    def _lists(self, tokens: set[str]) -> dict[str, list[str]]:
+        lists: dict[str, list[str]] = {token: [] for token in tokens}
+        if tokens:
+            for _, listener in registry.streams(self.hub.loop):
+                for token in tokens.intersection(listener.tokens):
+                    lists[token].append(listener.user)
+        return lists
+
+    async def is_listened(self, token: str) -> bool:
+        """Tell whether anybody in any process listens to a token."""
+        if registry.count(token):
+            return True
+        if conf.presence_seconds is None:
+            return False
+        if token in self._changed:
+            await self.beat()
+        return bool(await get_history().apresent(token))
+
+    # What other processes say
+
+    async def _hear_forever(self) -> None:
+        cursor = None
+        while True:
+            try:
+                history = get_history()
+                position = await history.alocate(CONTROL_TOKEN, cursor)
+                stream = EventStream(CONTROL_TOKEN, position, asked=cursor)
+                decoder = Decoder()
+                async for chunk in stream:
+                    for event in decoder.feed(chunk):
+                        self._hear(event.event, event.data)
+                    cursor = decoder.last_event_id
+            except Exception:
+                logger.exception("What other processes say cannot be heard; trying again.")
+            await asyncio.sleep(SWEEP_SECONDS)
+
+    def _hear(self, action: str, data: str) -> None:
+        if action == CLOSE:
+            selection = Selection(**json.loads(data))
+            for stream, listener in registry.streams(self.hub.loop):
+                if selection.matches(listener):
+                    stream.end(Reason.CLOSED, jittered_ms(*COME_BACK_MS))
+        elif action == RESET:
+            # Something was missed: a look at everybody's rights makes up for it.
+            for _, listener in registry.streams(self.hub.loop):
+                listener.recheck_at = 0
+
+
+_watches: dict[Hub, Watch] = {}
+
+
+def get_watch() -> Watch:
+    """Give the watch of the running event loop, started when first asked for."""
+    hub = get_hub()
+    watch = _watches.get(hub)
+    if watch is None:
+        for other in [other for other in _watches if other.loop.is_closed()]:
+            _watches.pop(other, None)
+        watch = _watches[hub] = Watch(hub)
+    return watch

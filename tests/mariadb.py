@@ -1,0 +1,100 @@
+"""A MariaDB server of the tests' own, on a unix socket; or why there is none."""
+
+from __future__ import annotations
+
+import getpass
+import importlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+SECONDS = 60.0
+"""How long the server may take to start or to stop."""
+
+_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+_SERVER = shutil.which("mariadbd", path=_PATH)
+_INSTALL = shutil.which("mariadb-install-db", path=_PATH)
+
+
+def _has_driver() -> bool:
+    """Find mysqlclient, or let PyMySQL, which needs no compiler, stand in for it."""
+    for name in ("MySQLdb", "pymysql"):
+        try:
+            driver = importlib.import_module(name)
+        except ImportError:
+            continue
+        if name == "pymysql":
+            driver.install_as_MySQLdb()
+        return True
+    return False
+
+
+if not (_SERVER and _INSTALL):
+    MISSING = "no mariadbd was found: install MariaDB's server (Debian: mariadb-server)"
+elif not _has_driver():
+    MISSING = "no driver for MariaDB was found: pip install PyMySQL (or mysqlclient)"
+else:
+    MISSING = ""
+
+
+class Server:
+    """The server process and its data, in a directory of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.socket = directory / "socket"
+        self.process: subprocess.Popen[bytes] | None = None
+        directory.mkdir()
+        # As root it wants to be told that root is meant; nobody else can reach the socket.
+        self.common = ["--no-defaults", f"--user={getpass.getuser()}"]
+        self.common += [f"--datadir={directory / 'data'}"]
+        with self._log() as log:
+            subprocess.run(
+                [
+                    str(_INSTALL),
+                    *self.common,
+                    "--auth-root-authentication-method=normal",
+                    "--skip-test-db",
+                ],
+                check=True,
+                stdout=log,
+                stderr=log,
+            )
+
+    def _log(self):
+        return (self.directory / "log").open("ab")
+
+    def start(self) -> None:
+        """Start the process, and wait until it answers."""
+        with self._log() as log:
+            self.process = subprocess.Popen(
+                [
+                    str(_SERVER),
+                    *self.common,
+                    f"--socket={self.socket}",
+                    f"--pid-file={self.directory / 'pid'}",
+                    "--skip-networking",
+                    "--character-set-server=utf8mb4",
+                    "--innodb-flush-log-at-trx-commit=0",
+                ],
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + SECONDS
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError((self.directory / "log").read_text(errors="replace"))
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as connection:
+            return connection.connect_ex(str(self.socket)) == 0
+
+    def stop(self) -> None:
+        """End the process in order."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(SECONDS)

@@ -1,0 +1,798 @@
+"""The ASGI wrapper: what it serves itself, what it leaves alone, and how streams end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+from django.core.asgi import get_asgi_application
+from django.core.signals import request_finished
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.urls import include, path
+from django.utils.decorators import sync_and_async_middleware
+
+from django_eventsource import watch
+from django_eventsource.asgi import PIECE_BYTES, Handover, serve
+from django_eventsource.frames import Decoder
+from django_eventsource.history import History, Kind, get_history
+from django_eventsource.listeners import Listener, registry
+from django_eventsource.publishing import apublish
+from django_eventsource.signals import stream_closed
+from django_eventsource.streams import EventStream, Reason, Slot
+from tests.histories import add, draft
+
+pytestmark = [
+    pytest.mark.usefixtures("memory_history"),
+    # Django looks for a file's connections to close at the end of each request.
+    pytest.mark.django_db(databases=["default", "postgres"]),
+]
+
+SECONDS = 10
+Message = dict[str, Any]
+
+
+async def plain_stream(request: HttpRequest) -> StreamingHttpResponse:
+    """A streaming view that has nothing to do with events."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"one "
+        yield b"two"
+
+    return StreamingHttpResponse(parts(), content_type="text/plain")
+
+
+async def broken(request: HttpRequest) -> HttpResponse:
+    """A view that fails."""
+    raise ValueError("broken on purpose")
+
+
+urlpatterns = [
+    path("events/", include("django_eventsource.urls")),
+    path("plain", plain_stream),
+    path("broken", broken),
+]
+
+
+@pytest.fixture(autouse=True)
+def site(settings) -> None:
+    settings.ROOT_URLCONF = __name__
+    settings.EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
+    settings.EVENTSOURCE_POLL_SECONDS = 0.02
+
+
+@pytest.fixture(autouse=True)
+def no_stream_is_left() -> Iterator[None]:
+    """Whatever a test does: in the end no stream is counted."""
+    yield
+    gc.collect()
+    assert not list(registry.streams())
+
+
+class Exchange:
+    """One request, as a server sees it: what it was sent, and the task that serves it."""
+
+    def __init__(self) -> None:
+        self.incoming: asyncio.Queue[Message] = asyncio.Queue()
+        self.sent: list[Message] = []
+        self.blocks_after: int | None = None
+        """After how many messages the reader takes no more."""
+        self.news = asyncio.Event()
+
+    async def receive(self) -> Message:
+        return await self.incoming.get()
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+        self.news.set()
+        if self.blocks_after is not None and len(self.sent) >= self.blocks_after:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent[1:])
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+    @property
+    def is_complete(self) -> bool:
+        """Was the end of the body sent?"""
+        return self.sent[-1]["type"] == "http.response.body" and not self.sent[-1].get("more_body")
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(SECONDS):
+            while not condition():
+                self.news.clear()
+                await self.news.wait()
+
+    def run(self, application: Any, url: str, method: str = "GET") -> asyncio.Task[None]:
+        self.incoming.put_nowait({"type": "http.request", "body": b"", "more_body": False})
+        return asyncio.create_task(application(scope_of(url, method), self.receive, self.send))
+
+    def hang_up(self) -> None:
+        self.incoming.put_nowait({"type": "http.disconnect"})
+
+
+def scope_of(url: str, method: str = "GET") -> dict[str, Any]:
+    path, _, query = url.partition("?")
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": [(b"host", b"localhost"), (b"accept-encoding", b"gzip")],
+        "client": ("127.0.0.1", 12345),
+        "server": ("127.0.0.1", 80),
+    }
+
+
+async def finish(task: Awaitable[None]) -> None:
+    async with asyncio.timeout(SECONDS):
+        await task
+
+
+def stream_of(token: str = "t", cursor: str | None = None) -> EventStream:
+    """A stream as the view makes it: admitted, and not begun."""
+    stream = EventStream(token, get_history().locate(token, cursor), asked=cursor)
+    listener = Listener(tokens=(token,))
+    assert registry.admit(stream, listener, lambda listener, stream: None) is None
+    return stream
+
+
+def leaves(stream: EventStream) -> Any:
+    """An application that leaves a stream to the wrapper, as Django does."""
+
+    async def application(scope: Message, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        scope[Slot.KEY].stream = stream
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return application
+
+
+# What it serves
+
+
+async def test_a_stream_is_served_whole() -> None:
+    """Headers, opening, events, and an end: each once and in this order."""
+    exchange = Exchange()
+    task = exchange.run(Handover(get_asgi_application()), "/events/poll/t")
+    await exchange.until(lambda: len(exchange.sent) >= 2)
+    await apublish("t", "ping", "a")
+    await exchange.until(lambda: b"data: a" in exchange.body)
+    await apublish("t", "close", "bye")
+    await finish(task)
+    assert exchange.status == 200
+    assert dict(exchange.sent[0]["headers"])[b"Content-Type"].startswith(b"text/event-stream")
+    assert [message["type"] for message in exchange.sent].count("http.response.start") == 1
+    assert [message.get("more_body") for message in exchange.sent[1:-1]] == [True] * (
+        len(exchange.sent) - 2
+    )
+    assert exchange.is_complete
+    assert [event.data for event in Decoder().feed(exchange.body)] == ["a", "bye"]
+
+
+async def test_it_streams_after_django_has_finished(history_start: str) -> None:
+    """The request is over before the first byte of the body: nothing of it is held."""
+    order: list[str] = []
+    exchange = Exchange()
+
+    def on_finished(**kwargs: Any) -> None:
+        order.append(f"finished after {len(exchange.sent)} messages")
+
+    request_finished.connect(on_finished)
+    try:
+        task = exchange.run(
+            Handover(get_asgi_application()), f"/events/poll/t?last_event_id={history_start}"
+        )
+        await exchange.until(lambda: b"data: bye" in exchange.body)
+        await finish(task)
+    finally:
+        request_finished.disconnect(on_finished)
+    assert order == ["finished after 1 messages"]
+
+
+@pytest.fixture
+def history_start(memory_history: History) -> str:
+    """The id before three events and a close."""
+    (start,) = add(memory_history, "start")
+    add(memory_history, *"abc")
+    memory_history.append("t", [draft("bye", kind=Kind.FINISH)])
+    return str(start.seq)
+
+
+async def test_the_same_headers_and_bytes_as_inside_of_django(history_start: str) -> None:
+    """The wrapper changes who sends the body, and nothing of what is sent."""
+    answers = []
+    for application in (get_asgi_application(), Handover(get_asgi_application())):
+        exchange = Exchange()
+        url = f"/events/poll/t?last_event_id={history_start}"
+        await finish(exchange.run(application, url))
+        answers.append((exchange.sent[0], exchange.body, exchange.is_complete))
+    assert answers[0] == answers[1]
+    assert b"data: c\n" in answers[0][1]
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "status"),
+    [
+        ("HEAD", "/events/poll/t", 200),
+        ("OPTIONS", "/events/poll/t", 200),
+        ("GET", "/events/nothing/t", 404),
+        ("GET", "/nowhere", 404),
+        ("DELETE", "/events/poll/t", 405),
+        ("GET", "/events/poll/" + "a" * 256, 400),
+        ("GET", "/events/poll/", 400),
+        ("GET", "/plain", 200),
+        ("GET", "/broken", 500),
+    ],
+)
+async def test_what_is_no_event_stream_passes_untouched(
+    method: str, url: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same messages come out as without the wrapper, other streams' chunks included."""
+    answers = []
+    for application in (get_asgi_application(), Handover(get_asgi_application())):
+        exchange = Exchange()
+        await finish(exchange.run(application, url, method))
+        answers.append(exchange.sent)
+    assert answers[0] == answers[1]
+    assert answers[0][0]["status"] == status
+    assert len(answers[0]) >= 2
+
+
+async def test_a_full_server_answers_as_without_it(settings) -> None:
+    """Over the limit: 200 and a reconnection time, which is a whole response."""
+    settings.EVENTSOURCE_MAX_STREAMS = 1
+    held = stream_of()
+    exchange = Exchange()
+    await finish(exchange.run(Handover(get_asgi_application()), "/events/poll/t"))
+    assert (exchange.status, exchange.is_complete) == (200, True)
+    assert exchange.body.startswith(b"retry: ")
+    await held.aclose()
+
+
+@pytest.mark.parametrize("kind", ["websocket", "lifespan", "something.new"])
+async def test_other_protocols_pass_untouched(kind: str) -> None:
+    """Scope, receive and send are the server's own objects."""
+    got: list[tuple[Any, ...]] = []
+
+    async def application(*given: Any) -> None:
+        got.append(given)
+
+    given = ({"type": kind}, object(), object())
+    await Handover(application)(*given)  # type: ignore[arg-type]
+    assert len(got[0]) == 3
+    assert all(one is other for one, other in zip(got[0], given, strict=True))
+    assert given[0] == {"type": kind}
+
+
+async def test_the_servers_scope_is_left_as_it_is() -> None:
+    """The slot is put into a copy: a server may give one scope to many requests."""
+    stream = stream_of()
+    await stream.aclose()
+    scope = scope_of("/")
+    before = dict(scope)
+    exchange = Exchange()
+    await Handover(leaves(stream))(scope, exchange.receive, exchange.send)
+    assert scope == before
+
+
+async def test_it_is_counted() -> None:
+    """A system check can see that the process has one."""
+    before = Handover.made
+    Handover(get_asgi_application())
+    assert Handover.made == before + 1
+
+
+# Middleware that touches the stream
+
+
+async def upper(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for part in parts:
+        yield part.upper()
+
+
+def sets_the_content(response: Any) -> HttpResponseBase:
+    response.streaming_content = upper(response.streaming_content)
+    return response  # type: ignore[no-any-return]
+
+
+def makes_another_response(response: Any) -> HttpResponseBase:
+    return StreamingHttpResponse(upper(response.streaming_content), headers=response.headers)
+
+
+def iterates_over_the_response(response: Any) -> HttpResponseBase:
+    return StreamingHttpResponse(upper(response), headers=response.headers)
+
+
+def answers_otherwise(response: Any) -> HttpResponseBase:
+    return HttpResponse("MAINTENANCE", status=503)
+
+
+def around(change: Callable[[Any], HttpResponseBase]) -> Any:
+    """Give a middleware factory, which is usable by its dotted path."""
+
+    @sync_and_async_middleware
+    def factory(get_response: Any) -> Any:
+        async def middleware(request: HttpRequest) -> HttpResponseBase:
+            return change(await get_response(request))
+
+        return middleware
+
+    return factory
+
+
+Sets = around(sets_the_content)
+MakesAnother = around(makes_another_response)
+Iterates = around(iterates_over_the_response)
+AnswersOtherwise = around(answers_otherwise)
+
+
+@pytest.mark.parametrize("name", ["Sets", "MakesAnother", "Iterates"])
+async def test_middleware_that_wraps_the_stream_is_obeyed(
+    name: str, settings, history_start: str
+) -> None:
+    """Then the stream is served inside of Django: what the middleware makes of it is sent."""
+    settings.MIDDLEWARE = [f"{__name__}.{name}"]
+    exchange = Exchange()
+    url = f"/events/poll/t?last_event_id={history_start}"
+    await finish(exchange.run(Handover(get_asgi_application()), url))
+    assert exchange.is_complete
+    assert b"DATA: A\n" in exchange.body
+    assert b"DATA: BYE\n" in exchange.body
+    assert b"data: " not in exchange.body
+
+
+@pytest.mark.parametrize("name", ["Sets", "MakesAnother"])
+async def test_a_listener_of_a_wrapped_stream_hangs_up(name: str, settings) -> None:
+    """Inside of Django a disconnect ends the stream too."""
+    settings.MIDDLEWARE = [f"{__name__}.{name}"]
+    exchange = Exchange()
+    task = exchange.run(Handover(get_asgi_application()), "/events/poll/t")
+    await exchange.until(lambda: exchange.body)
+    assert registry.count("t") == 1
+    exchange.hang_up()
+    await finish(task)
+    assert registry.count("t") == 0
+
+
+async def test_middleware_that_answers_otherwise(settings) -> None:
+    """The stream that nobody serves is forgotten, and its place is free."""
+    settings.MIDDLEWARE = [f"{__name__}.AnswersOtherwise"]
+    exchange = Exchange()
+    await finish(exchange.run(Handover(get_asgi_application()), "/events/poll/t"))
+    assert (exchange.status, exchange.body) == (503, b"MAINTENANCE")
+    gc.collect()
+    assert registry.count("t") == 0
+
+
+async def test_gzip_leaves_streams_to_the_wrapper(settings, history_start: str) -> None:
+    """The middleware that would compress every chunk by itself does not touch them."""
+    settings.MIDDLEWARE = ["django.middleware.gzip.GZipMiddleware"]
+    exchange = Exchange()
+    url = f"/events/poll/t?last_event_id={history_start}"
+    await finish(exchange.run(Handover(get_asgi_application()), url))
+    assert b"data: bye\n" in exchange.body
+
+
+# Ends
+
+
+async def test_a_disconnect_ends_the_stream_at_once() -> None:
+    """Nothing more is sent, and the listener is told of with the reason."""
+    reasons = []
+
+    async def on_closed(**kwargs: Any) -> None:
+        reasons.append(kwargs["reason"])
+        exchange.news.set()
+
+    stream_closed.connect(on_closed)
+    try:
+        exchange = Exchange()
+        task = exchange.run(Handover(get_asgi_application()), "/events/poll/t")
+        await exchange.until(lambda: exchange.body)
+        exchange.incoming.put_nowait({"type": "http.request", "body": b"", "more_body": False})
+        exchange.hang_up()
+        await finish(task)
+        assert registry.count("t") == 0
+        assert len(exchange.sent) == 2
+        await exchange.until(lambda: reasons)
+        assert reasons == [Reason.LEFT]
+    finally:
+        stream_closed.disconnect(on_closed)
+
+
+async def test_a_disconnect_while_the_reader_has_stalled() -> None:
+    """Whoever hangs up while the server waits for it does not hold the stream."""
+    exchange = Exchange()
+    exchange.blocks_after = 2
+    stream = stream_of()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    exchange.hang_up()
+    await finish(task)
+    assert stream.reason is Reason.LEFT
+    assert not exchange.is_complete
+
+
+async def test_a_disconnect_that_the_application_has_consumed() -> None:
+    """A server says it once: the wrapper must not wait for a second time.
+
+    Django listens while the view runs, and may get the message just when the view finishes.
+    """
+    stream = stream_of()
+    leave = leaves(stream)
+    exchange = Exchange()
+
+    async def application(scope: Message, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "http.request"
+        await leave(scope, receive, send)
+        exchange.hang_up()
+        assert (await receive())["type"] == "http.disconnect"
+
+    task = exchange.run(Handover(application), "/")
+    try:
+        await asyncio.wait([task], timeout=1)
+        assert stream.reason is Reason.LEFT
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_an_exception_passes() -> None:
+    """The server gets what the application raises."""
+
+    async def application(scope: Message, receive: Any, send: Any) -> None:
+        raise ValueError("broken on purpose")
+
+    with pytest.raises(ValueError, match="broken on purpose"):
+        await finish(Exchange().run(Handover(application), "/"))
+
+
+async def test_an_exception_after_a_stream_was_left() -> None:
+    """The stream is not served, and nothing of it remains."""
+    leave = leaves(stream_of())
+
+    async def application(scope: Message, receive: Any, send: Any) -> None:
+        await leave(scope, receive, send)
+        raise ValueError("broken on purpose")
+
+    exchange = Exchange()
+    with pytest.raises(ValueError, match="broken on purpose"):
+        await finish(exchange.run(Handover(application), "/"))
+    assert len(exchange.sent) == 1
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+async def test_a_cancellation_by_the_server_passes(stalled: bool) -> None:
+    """The server's task is cancelled, as it wanted, and the stream is closed."""
+    exchange = Exchange()
+    exchange.blocks_after = 2 if stalled else None
+    stream = stream_of()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await finish(task)
+    assert task.cancelled()
+    assert stream.reason is not None
+    assert registry.count("t") == 0
+
+
+async def test_an_error_of_the_server_passes() -> None:
+    """A send that raises, as ASGI has it for connections that are gone."""
+    stream = stream_of()
+
+    async def send(message: Message) -> None:
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        await serve(stream, Exchange().receive, send)
+    assert registry.count("t") == 0
+
+
+async def test_a_server_whose_receive_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """The stream goes on without; the error is not left to the garbage collector."""
+    unhandled: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, info: unhandled.append(info))
+    stream = stream_of()
+    exchange = Exchange()
+
+    async def receive() -> Message:
+        raise RuntimeError("no such thing")
+
+    task = asyncio.create_task(serve(stream, receive, exchange.send))
+    await exchange.until(lambda: exchange.sent)
+    stream.end(Reason.CLOSED)
+    with contextlib.suppress(RuntimeError):  # as good an answer
+        await finish(task)
+    del task
+    gc.collect()
+    await asyncio.sleep(0)
+    assert unhandled == []
+
+
+# Cutting a connection off
+
+
+class Transport:
+    def __init__(self) -> None:
+        self.aborts = 0
+
+    def abort(self) -> None:
+        self.aborts += 1
+
+
+class Known(Exchange):
+    """A request of a server whose transport can be found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transport = Transport()
+
+
+@pytest.mark.parametrize("reason", [Reason.STALLED, Reason.SHUTDOWN])
+async def test_a_stalled_reader_is_cut_off(reason: Reason) -> None:
+    """The connection is aborted once; to the server the application returns."""
+    exchange = Known()
+    exchange.blocks_after = 2
+    stream = stream_of()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    stream.abort(reason)
+    await finish(task)
+    assert not task.cancelled()
+    assert task.cancelling() == 0
+    assert exchange.transport.aborts == 1
+    assert not exchange.is_complete
+    assert stream.reason is reason
+
+
+async def test_who_hangs_up_is_not_cut_off() -> None:
+    """The connection may carry other requests: it is the server's again."""
+    exchange = Known()
+    stream = stream_of()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    exchange.hang_up()
+    await finish(task)
+    assert exchange.transport.aborts == 0
+
+
+async def test_a_reader_that_stalls_on_the_end(settings, monkeypatch) -> None:
+    """The end of the body may wait for the reader too: that is cut off like the rest."""
+    settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.1
+    monkeypatch.setattr(watch, "SWEEP_SECONDS", 0.02)
+    exchange = Known()
+    exchange.blocks_after = 3  # the start, the opening, and then the end
+    stream = EventStream("t", get_history().locate("t", None))
+    assert watch.get_watch().admit(stream, Listener(tokens=("t",))) is None
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    stream.end(Reason.CLOSED)
+    await exchange.until(lambda: len(exchange.sent) == 3)
+    try:
+        await asyncio.wait([task], timeout=1)
+        assert exchange.transport.aborts == 1
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_an_unknown_server_that_cannot_be_cut() -> None:
+    """The stream ends on our side, without an end of the body that would be a lie."""
+    exchange = Exchange()
+    exchange.blocks_after = 2
+    stream = stream_of()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    stream.abort(Reason.STALLED)
+    await finish(task)
+    assert not exchange.is_complete
+    assert registry.count("t") == 0
+
+
+@pytest.mark.parametrize("kind", [Exchange, Known])
+async def test_pieces(kind: type[Exchange], memory_history: History) -> None:
+    """A server that may count pieces gets small ones; the bytes are the same."""
+    (start,) = add(memory_history, "start")
+    add(memory_history, "x" * 3 * PIECE_BYTES)
+    stream = stream_of("t", str(start.seq))
+    exchange = kind()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.body) > 3 * PIECE_BYTES)
+    stream.end(Reason.CLOSED)
+    await finish(task)
+    sizes = [len(message["body"]) for message in exchange.sent[1:]]
+    assert (max(sizes) <= PIECE_BYTES) == (kind is Exchange)
+    assert all(message["body"] for message in exchange.sent[1:-1])
+    (event,) = Decoder().feed(exchange.body)
+    assert event.data == "x" * 3 * PIECE_BYTES
+
+
+# Daphne
+
+
+class Request:
+    """Twisted's request, with its habits at the end of a response."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.channel: Any = self
+        self.producer: Any = None
+        self.complaints: list[str] = []
+        self.transport = self
+        self.aborts = 0
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:  # noqa: N802
+        assert streaming
+        self.producer = producer
+
+    def unregisterProducer(self) -> None:  # noqa: N802
+        self.producer = None
+        self.channel.transport  # noqa: B018 - Twisted goes through its channel
+
+    def abortConnection(self) -> None:  # noqa: N802
+        self.aborts += 1
+        self.lose()
+
+    def lose(self) -> None:
+        """The connection is lost, in Daphne's way."""
+        self.channel = None
+        if self.producer is not None:
+            self.producer.stopProducing()
+        self.exchange.hang_up()
+
+    async def reply(self, message: Message) -> None:
+        """Daphne's handle_reply(): never waits, and nothing happens on a lost connection."""
+        if getattr(self, "channel", None) is None:
+            return
+        self.exchange.sent.append(message)
+        self.exchange.news.set()
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            if self.producer is not None:
+                self.complaints.append("Producer was not unregistered")
+                self.unregisterProducer()
+            del self.channel
+            self.exchange.hang_up()
+
+
+class Daphne(Exchange):
+    def __init__(self) -> None:
+        super().__init__()
+        self.request = Request(self)
+        self.send = functools.partial(reply, self.request)  # type: ignore[method-assign, assignment]
+
+
+async def reply(request: Request, message: Message) -> None:
+    await request.reply(message)
+
+
+async def test_daphne_is_asked_before_more_is_written() -> None:
+    """While Twisted's transport is full nothing is written; then it goes on."""
+    exchange = Daphne()
+    stream = stream_of()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    await apublish("t", "ping", "a")
+    await exchange.until(lambda: b"data: a" in exchange.body)
+    exchange.request.producer.pauseProducing()
+    for word in "bcd":
+        await apublish("t", "ping", word)
+        await asyncio.sleep(0.05)
+    written = exchange.body.count(b"data: ")
+    assert written == 2  # one chunk may be on its way when it is paused
+    exchange.request.producer.resumeProducing()
+    await exchange.until(lambda: b"data: d" in exchange.body)
+    exchange.hang_up()
+    await finish(task)
+    assert [event.data for event in Decoder().feed(exchange.body)] == list("abcd")
+
+
+async def test_a_stream_ends_on_daphne_without_complaint() -> None:
+    """The producer goes before the end of the body, after which there is no channel."""
+    exchange = Daphne()
+    stream = stream_of()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    stream.end(Reason.CLOSED)
+    await finish(task)
+    assert exchange.is_complete
+    assert exchange.request.complaints == []
+    assert exchange.request.producer is None
+
+
+async def test_a_connection_that_daphne_has_lost_already() -> None:
+    """Nothing is registered on it, and the stream ends."""
+    exchange = Daphne()
+    stream = stream_of()
+    exchange.request.lose()
+    await finish(serve(stream, exchange.receive, exchange.send))
+    assert exchange.request.producer is None
+    assert exchange.sent == []
+
+
+async def test_daphne_loses_a_connection() -> None:
+    """The stream ends though the producer is not resumed."""
+    exchange = Daphne()
+    stream = stream_of()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    exchange.request.producer.pauseProducing()
+    exchange.request.lose()
+    await finish(task)
+    assert stream.reason is Reason.LEFT
+
+
+async def test_a_stalled_reader_of_daphne_is_cut_off() -> None:
+    """The connection is aborted once, and no producer is left behind."""
+    exchange = Daphne()
+    stream = stream_of()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    exchange.request.producer.pauseProducing()
+    stream.abort(Reason.STALLED)
+    await finish(task)
+    assert exchange.request.aborts == 1
+    assert not exchange.is_complete
+
+
+# A server that has no asyncio task
+
+
+class Steps:
+    """Runs a coroutine without a task, as servers in other languages may."""
+
+    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
+        self.work = work
+        self.done = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(self.step)
+
+    def step(self, _: object = None) -> None:
+        try:
+            future = self.work.send(None)
+        except StopIteration:
+            self.done.set_result(None)
+        except BaseException as error:  # noqa: BLE001
+            self.done.set_exception(error)
+        else:
+            if future is None:
+                asyncio.get_running_loop().call_soon(self.step)
+            else:
+                future._asyncio_future_blocking = False
+                future.add_done_callback(self.step)
+
+
+async def test_a_server_without_tasks() -> None:
+    """There is nothing to cancel: the stream is served, and ends when its listener goes."""
+    exchange = Exchange()
+    stream = stream_of()
+    steps = Steps(serve(stream, exchange.receive, exchange.send))
+    await exchange.until(lambda: exchange.sent)
+    exchange.hang_up()
+    await finish(steps.done)
+    assert stream.reason is Reason.LEFT
+    assert len(exchange.sent) == 1
+
+
+async def test_a_server_without_tasks_cancels() -> None:
+    """What it throws in passes."""
+    exchange = Exchange()
+    stream = stream_of()
+    work = serve(stream, exchange.receive, exchange.send)
+    with pytest.raises(asyncio.CancelledError):
+        work.throw(asyncio.CancelledError)
+    await stream.aclose()

@@ -1,0 +1,448 @@
+"""Readers that stall: what they cost, how they are cut off, and what they get in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
+import psutil
+import pytest
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.http_stream import HTTPStream
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
+
+from django_eventsource.backpressure import Producer, daphne_request, find_abort
+from django_eventsource.frames import Decoder
+from django_eventsource.policies import AllowAny
+from django_eventsource.publishing import apublish
+from django_eventsource.signals import stream_closed
+from tests.listeners import Connection
+from tests.processes import DEADLINE, Server, serve
+
+SECONDS = 10
+SERVERS = ["daphne", "uvicorn", "hypercorn", "granian"]
+CUTTING = ["daphne", "uvicorn", "hypercorn"]
+"""Those whose connections can be cut."""
+
+
+# The producer
+
+
+async def test_a_producer_begins_ready() -> None:
+    """Nothing has been written yet."""
+    await asyncio.wait_for(Producer().wait(), SECONDS)
+
+
+@pytest.mark.parametrize("how", ["resumeProducing", "stopProducing"])
+async def test_a_producer_waits_while_it_is_paused(how: str) -> None:
+    """Until the transport wants more, or is gone: then nothing is waited for."""
+    producer = Producer()
+    producer.pauseProducing()
+    waiting = asyncio.ensure_future(producer.wait())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    getattr(producer, how)()
+    await asyncio.wait_for(waiting, SECONDS)
+
+
+# The server's objects
+
+
+class Transport:
+    """Both asyncio's and Twisted's: counts who cuts it."""
+
+    def __init__(self) -> None:
+        self.aborts = 0
+
+    def abort(self) -> None:
+        self.aborts += 1
+
+    abortConnection = abort  # noqa: N815
+
+
+class Channel:
+    def __init__(self, transport: object) -> None:
+        self.transport = transport
+
+
+class Request:
+    """What is asked of Twisted's request."""
+
+    def __init__(self, channel: object) -> None:
+        self.channel = channel
+
+    def registerProducer(self, producer: object, streaming: bool) -> None:  # noqa: N802
+        """Register nothing."""
+
+
+async def reply(request: object, message: object) -> None:
+    """Stands for Daphne's handle_reply()."""
+
+
+def hypercorn_send(protocol: Any, transport: Transport) -> Any:
+    """Give the send of a request, in hypercorn's own objects."""
+    server = TCPServer.__new__(TCPServer)
+    server.writer = Channel(transport)  # type: ignore[assignment]
+    connection = protocol.__new__(protocol)
+    connection.send = server.protocol_send
+    stream = HTTPStream.__new__(HTTPStream)
+    stream.send = connection.stream_send
+    return stream.app_send
+
+
+def uvicorn_send(transport: Transport) -> Any:
+    cycle = RequestResponseCycle.__new__(RequestResponseCycle)
+    cycle.transport = transport  # type: ignore[assignment]
+    return cycle.send
+
+
+@pytest.mark.parametrize("server", CUTTING)
+def test_the_connection_is_found(server: str) -> None:
+    """Behind the send of each server whose connections can be cut, once."""
+    transport = Transport()
+    sends = {
+        "daphne": functools.partial(reply, Request(Channel(transport))),
+        "uvicorn": uvicorn_send(transport),
+        "hypercorn": hypercorn_send(H11Protocol, transport),
+    }
+    abort = find_abort(sends[server])
+    assert abort is not None
+    abort()
+    assert transport.aborts == 1
+
+
+def test_a_connection_that_carries_other_requests_is_not_cut() -> None:
+    """HTTP/2: one reader that stalls must not end the others' requests."""
+    assert find_abort(hypercorn_send(H2Protocol, Transport())) is None
+
+
+@pytest.mark.parametrize("channel", [None, Channel(None), object()])
+def test_a_request_of_daphne_without_a_connection(channel: object) -> None:
+    """It has gone, or is a stream within an HTTP/2 connection."""
+    send = functools.partial(reply, Request(channel))
+    assert daphne_request(send) is not None
+    assert find_abort(send) is None
+
+
+async def unknown(message: object) -> None:
+    """A send of no known server."""
+
+
+class Cyclic:
+    """An object whose send leads back to itself."""
+
+    async def send(self, message: object) -> None:
+        """Send nothing."""
+
+
+@pytest.mark.parametrize(
+    "send", [unknown, functools.partial(unknown), functools.partial(reply, 1, 2), Cyclic().send]
+)
+def test_a_send_of_an_unknown_server(send: object) -> None:
+    """Nothing is found, and nothing breaks."""
+    assert daphne_request(send) is None
+    assert find_abort(send) is None
+
+
+# Real servers
+
+
+class Telling(AllowAny):
+    """Lets everybody in, and tells on standard error why streams end: for server processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stream_closed.connect(tell, dispatch_uid="tell")
+
+
+def tell(reason: object, **kwargs: object) -> None:
+    """Say why a stream ended."""
+    print(f"closed: {reason}", file=sys.stderr, flush=True)
+
+
+TELLING = {"EVENTSOURCE_POLICY": f"{__name__}.Telling"}
+
+
+@contextmanager
+def narrow(kind: str, **overrides: Any) -> Iterator[Server]:
+    """Run a server whose sockets hold little, where it takes a socket of ours."""
+    server = Server(kind, **{**TELLING, **overrides})
+    try:
+        if kind != "granian":
+            server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+class Slow:
+    """A listener that reads when it is told to, and whose socket holds little."""
+
+    def __init__(self, server: Server, path: str) -> None:
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.settimeout(DEADLINE)
+        self.socket.connect(server.address)
+        self.socket.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+        self.got = b""
+        self.ended = False
+
+    def read(self) -> None:
+        try:
+            chunk = self.socket.recv(65536)
+        except ConnectionResetError:
+            chunk = b""
+        self.got += chunk
+        self.ended = not chunk
+
+    async def opened(self) -> None:
+        """Read up to the stream's first bytes."""
+        while b"\r\n\r\n" not in self.got or not self.body.endswith(b"\n\n"):
+            await asyncio.to_thread(self.read)
+            assert not self.ended, self.got
+
+    @property
+    def body(self) -> bytes:
+        return self.got.partition(b"\r\n\r\n")[2]
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def processes_of(server: Server) -> list[psutil.Process]:
+    assert server.process is not None
+    process = psutil.Process(server.process.pid)
+    return [process, *process.children(recursive=True)]
+
+
+def connections_to(server: Server) -> int:
+    """How many connections the server has."""
+    return sum(
+        one.status != psutil.CONN_LISTEN and one.laddr.port == server.port
+        for process in processes_of(server)
+        for one in process.net_connections("tcp")
+    )
+
+
+def memory_of(server: Server) -> int:
+    return sum(process.memory_info().rss for process in processes_of(server))
+
+
+async def until(condition: Callable[[], object], seconds: float = DEADLINE) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+real = pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
+
+
+@real
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_listener_that_hangs_up_is_noticed_at_once(kind: str) -> None:
+    """Also one that had stalled: nothing needs to be published for that."""
+    with narrow(kind, EVENTSOURCE_KEEPALIVE_SECONDS=600) as server:
+        for stalls in (False, True):
+            listener = Slow(server, "/events/poll/t")
+            await listener.opened()
+            if stalls:
+                await apublish("t", "ping", "x" * 1_000_000)
+                await asyncio.sleep(0.7)  # let the head check find it, and the server send
+            before = server.log.read_text()
+            listener.close()
+            await until(lambda before=before: server.log.read_text() != before, 2)
+            assert server.log.read_text() == before + "closed: left\n"
+
+
+@real
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_reader_that_stalls_is_cut_off(kind: str) -> None:
+    """After the time that is set, and nobody else: others get everything meanwhile."""
+    with narrow(
+        kind, EVENTSOURCE_STREAM_STALL_SECONDS=1, EVENTSOURCE_KEEPALIVE_SECONDS=0.2
+    ) as server:
+        stalled = Slow(server, "/events/poll/t")
+        await stalled.opened()
+        other = await Connection.open(server.address, "/events/poll/t")
+        decoder = Decoder()
+        events = decoder.feed(await other.read())
+        for n in range(40):
+            await apublish("t", "ping", f"{n} " + "x" * 100_000)
+        while len(events) < 40:
+            events += decoder.feed(await other.read())
+        assert [event.data.split()[0] for event in events] == [str(n) for n in range(40)]
+        await until(lambda: "closed: stalled\n" in server.log.read_text(), 6)
+        if kind in CUTTING:
+            await until(lambda: connections_to(server) == 1, 2)
+        await apublish("t", "ping", "after")
+        while not events[-1].data == "after":
+            events += decoder.feed(await other.read())
+        # Whoever was cut off can tell: nothing pretends to be a whole response.
+        while not stalled.ended:
+            await asyncio.to_thread(stalled.read)
+        assert len(stalled.got) < 40 * 100_000
+        assert server.log.read_text() == "closed: stalled\n"
+        other.close()
+        stalled.close()
+
+
+@real
+@pytest.mark.parametrize("kind", CUTTING)
+async def test_a_reader_that_stalls_on_a_close_is_cut_off(kind: str) -> None:
+    """The stream has ended, its bytes have not been taken: the connection must go too."""
+    with narrow(kind, EVENTSOURCE_STREAM_STALL_SECONDS=1) as server:
+        for size in (30_000, 500_000):
+            stalled = Slow(server, f"/events/poll/{size}")
+            await stalled.opened()
+            await apublish(str(size), "close", "x" * size)
+            await until(lambda: "closed: " in server.log.read_text(), 6)
+            await until(lambda: connections_to(server) == 0, 6)
+            stalled.close()
+        assert "Traceback" not in server.log.read_text()
+
+
+@real
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_slow_reader_gets_everything(kind: str) -> None:
+    """Whoever reads again before it is cut off has missed nothing, and gets nothing twice."""
+    with narrow(kind, EVENTSOURCE_STREAM_STALL_SECONDS=30) as server:
+        slow = Slow(server, "/events/poll/t")
+        await slow.opened()
+        ids = []
+        for n in range(120):
+            event = await apublish("t", "ping", f"{n} " + "x" * 50_000)
+            ids.append(str(event.id))
+        await apublish("t", "close", "end")
+        while not slow.ended:
+            await asyncio.to_thread(slow.read)
+        events = Decoder().feed(slow.body)
+        assert [event.id for event in events[:-1]] == ids
+        assert [event.data.split()[0] for event in events] == [*map(str, range(120)), "end"]
+        await until(lambda: server.log.read_text(), 3)
+        assert server.log.read_text() == "closed: finished\n"
+        slow.close()
+
+
+STALLED = 20
+EVENTS = 900
+BOUND = STALLED * 256 * 1024
+ALLOWANCE = 8_000_000
+"""What the server's caches and fragmentation may add: the events alone are 270 MB."""
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_readers_that_stall_cost_bounded_memory(kind: str) -> None:
+    """Twenty of them, and 13.5 MB for each: the server holds a little, and no more."""
+    with narrow(kind, EVENTSOURCE_KEEPALIVE_SECONDS=1) as server:
+        warm = Slow(server, "/events/poll/warm")
+        await warm.opened()
+        readers = [Slow(server, "/events/poll/t") for _ in range(STALLED)]
+        for reader in readers:
+            await reader.opened()
+        before = peak = memory_of(server)
+        for n in range(EVENTS):
+            await apublish("t", "ping", "x" * 15_000)
+            if n % 50 == 0:
+                peak = max(peak, memory_of(server))
+        for _ in range(30):
+            await asyncio.sleep(0.05)
+            peak = max(peak, memory_of(server))
+        assert connections_to(server) == STALLED + 1
+        print(f"{kind}: {(peak - before) / 1e6:.1f} MB for {STALLED} stalled readers")
+        assert peak - before < BOUND + ALLOWANCE
+        for reader in [warm, *readers]:
+            reader.close()
+
+
+# HTTP/2
+
+
+class Multiplexed:
+    """A client of several streams over one HTTP/2 connection, which takes little of each."""
+
+    def __init__(self, server: Server) -> None:
+        self.socket = socket.create_connection(server.address)
+        self.socket.settimeout(0.2)
+        self.connection = h2.connection.H2Connection(h2.config.H2Configuration())
+        self.connection.initiate_connection()
+        self.got: dict[int, bytes] = {}
+        self.ended: set[int] = set()
+        self.reads: set[int] = set()
+        self.lost = False
+
+    def get(self, path: str, *, reads: bool) -> int:
+        stream = self.connection.get_next_available_stream_id()
+        headers = [(":method", "GET"), (":path", path), (":scheme", "http")]
+        self.connection.send_headers(
+            stream, [*headers, (":authority", "localhost")], end_stream=True
+        )
+        self.got[stream] = b""
+        if reads:
+            self.reads.add(stream)
+        self.flush()
+        return stream
+
+    def flush(self) -> None:
+        self.socket.sendall(self.connection.data_to_send())
+
+    def turn(self) -> None:
+        """Take what has come."""
+        try:
+            data = self.socket.recv(65536)
+        except TimeoutError:
+            return
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self.lost = True
+            return
+        for event in self.connection.receive_data(data):
+            if isinstance(event, h2.events.DataReceived):
+                self.got[event.stream_id] += event.data
+                if event.stream_id in self.reads:
+                    self.connection.acknowledge_received_data(
+                        event.flow_controlled_length, event.stream_id
+                    )
+                else:  # the connection's window is not to be the one that is full
+                    self.connection.increment_flow_control_window(event.flow_controlled_length)
+            elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+                self.ended.add(event.stream_id)
+        self.flush()
+
+    async def until(self, condition: Callable[[], object], seconds: float = SECONDS) -> None:
+        async with asyncio.timeout(seconds):
+            while not condition():
+                assert not self.lost, "the connection was cut"
+                await asyncio.to_thread(self.turn)
+
+
+@real
+async def test_a_stalled_stream_of_an_http2_connection_leaves_the_others() -> None:
+    """Browsers share one connection: a page that stalls must not take the others along."""
+    with serve("hypercorn", EVENTSOURCE_STREAM_STALL_SECONDS=1, **TELLING) as server:
+        client = Multiplexed(server)
+        try:
+            stalled = client.get("/events/poll/big", reads=False)
+            other = client.get("/events/poll/small", reads=True)
+            await client.until(lambda: client.got[stalled] and client.got[other])
+            for _ in range(30):
+                await apublish("big", "ping", "x" * 50_000)
+            await client.until(lambda: "closed: stalled" in server.log.read_text())
+            await apublish("small", "ping", "still there")
+            await client.until(lambda: b"still there" in client.got[other])
+        finally:
+            client.socket.close()

@@ -1,0 +1,625 @@
+"""Cursors: several tokens on one stream, and one id that resumes them all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from django_eventsource import streams
+from django_eventsource.cursors import MARK, join_cursor, max_length, short_key, split_cursor
+from django_eventsource.feeds import Feed
+from django_eventsource.frames import Decoder, ServerSentEvent
+from django_eventsource.history import Kind, Slice
+from django_eventsource.history.memory import MemoryHistory
+from django_eventsource.streams import EventStream, Reason
+from django_eventsource.subscribers import Subscriber
+from tests.histories import add, draft
+
+TOKENS = ["a", "b", "c", "d"]
+STEPS = 12
+"""How often the loop may run before what a stream gives counts as nothing."""
+
+
+@pytest.fixture(autouse=True)
+def small(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers that overflow soon, and no pauses."""
+    settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 1600
+    monkeypatch.setattr(streams, "BACK_OFF_SECONDS", (0,))
+    monkeypatch.setattr(streams, "STALE_SECONDS", 0)
+
+
+# The text
+
+
+places = st.dictionaries(
+    st.text(min_size=1, max_size=20), st.tuples(st.integers(0, 10**18 - 1), st.booleans())
+)
+
+
+def join(tokens: dict[str, tuple[int, bool]]) -> str:
+    return join_cursor((short_key(token), *place) for token, place in tokens.items())
+
+
+@given(places)
+def test_what_is_joined_is_split_again(tokens: dict[str, tuple[int, bool]]) -> None:
+    """Each token gets its own cursor back; the text fits an id and the stated length."""
+    cursor = join(tokens)
+    assert cursor.isascii()
+    assert cursor.isprintable()
+    assert not set(cursor) & set(" +/=&?%#")
+    assert len(cursor) == max_length(len(tokens))
+    assert split_cursor(cursor, list(tokens)) == {
+        token: f"{seq}+" if anew else str(seq) for token, (seq, anew) in tokens.items()
+    }
+
+
+def test_the_order_of_tokens_does_not_matter() -> None:
+    """A token is found by its hash, wherever it stands; one that is new starts afresh."""
+    cursor = join({"a": (1, False), "b": (2, True), "c": (3, False)})
+    assert split_cursor(cursor, ["c", "new", "a"]) == {"c": "3", "new": None, "a": "1"}
+    assert split_cursor(cursor, ["b"]) == {"b": "2+"}
+
+
+def test_a_cursor_of_one_token_belongs_to_the_first() -> None:
+    """A page that listened to one token may come back with more."""
+    assert split_cursor("17", ["a", "b"]) == {"a": "17", "b": None}
+    assert split_cursor("x:abc", ["a", "b"]) == {"a": "x:abc", "b": None}
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_no_cursor(nothing: str | None) -> None:
+    """A fresh listener has none for any token."""
+    assert split_cursor(nothing, ["a", "b"]) == {"a": None, "b": None}
+
+
+GARBAGE = ["~", "~!", "~AAAA", "~é", "~A", "~" + "A" * 20 + "=", "~" + "A" * 300, "~\n", " "]
+
+
+@pytest.mark.parametrize("text", GARBAGE)
+def test_a_damaged_cursor_is_no_fresh_start(text: str) -> None:
+    """What may have stood for every token is unknown for every token: none is silent."""
+    for token, cursor in split_cursor(text, ["a", "b"]).items():
+        assert cursor is not None, token
+        assert not MemoryHistory().locate(token, cursor).known
+
+
+@given(st.text(max_size=60).map(lambda text: MARK + text) | st.text(max_size=60))
+def test_any_text_is_split(text: str) -> None:
+    """Whatever a listener sends, there is an answer that a history can look up."""
+    found = split_cursor(text, ["a", "b"])
+    assert list(found) == ["a", "b"]
+    for token, cursor in found.items():
+        MemoryHistory().locate(token, cursor)
+
+
+def test_a_place_that_no_history_has() -> None:
+    """The largest number that fits is simply unknown."""
+    found = split_cursor(join({"a": (2**63 - 1, True), "b": (0, False)}), ["a", "b"])
+    assert found == {"a": f"{2**63 - 1}+", "b": "0"}
+    assert not MemoryHistory().locate("a", found["a"]).known
+
+
+# Streams, driven by hand
+
+
+class Hub:
+    """Stands in for the hub: the test is the layer, and says when there is a gap to close."""
+
+    def __init__(self, history: MemoryHistory) -> None:
+        self.history = history
+        self.feeds: dict[str, Feed] = {}
+        self.loop = asyncio.get_running_loop()
+        self.failing = False
+        self.patience = 0
+        """How long a read takes, in steps of the loop."""
+
+    async def subscribe(self, subscriber: Subscriber) -> None:
+        for one in subscriber.subscriptions:
+            if one.finished:
+                continue
+            feed = self.feeds.setdefault(one.token, Feed(one.token, "", lambda: None))
+            feed.add(one)
+            if feed.last is not None:
+                one.go_live()
+
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        for one in subscriber.subscriptions:
+            if one.feed is not None:
+                one.feed.remove(one)
+
+    async def read(self, token: str, after: int) -> Slice:
+        slice_ = self.history.read(token, after, max_bytes=20)
+        for _ in range(self.patience):
+            await asyncio.sleep(0)
+        if self.failing:
+            raise ConnectionError
+        return slice_
+
+    def receive(self, token: str, seq: int | None, frame: bytes, finish: bool = False) -> None:
+        """What the layer brings."""
+        if token in self.feeds:
+            self.feeds[token].receive(seq, frame, finish)
+
+    def repair(self, token: str) -> None:
+        """What the hub does at a gap and at a head check."""
+        feed = self.feeds.get(token)
+        if feed is None or feed.last is None:
+            return
+        heads, floor = self.history.heads([token])
+        if token not in heads:
+            feed.raise_to(floor, certain=True)
+            return
+        more = feed.compare(feed.last, heads[token]) or feed.has_gap
+        while more and feed.subscriptions:
+            after = feed.last
+            more = feed.pass_on(after, self.history.read(token, after))
+
+    def forget_empty(self) -> None:
+        for token in [token for token, feed in self.feeds.items() if not feed.subscriptions]:
+            del self.feeds[token]
+
+
+class Site:
+    """A history, a hub, and streams as the view makes them."""
+
+    def __init__(self, **options: Any) -> None:
+        self.history = MemoryHistory(**options)
+        self.hub = Hub(self.history)
+
+    def open(self, tokens: list[str], cursor: str) -> EventStream | None:
+        """What the view does for a listener; ``None`` is 204."""
+        asked = cursor or None
+        cursors = split_cursor(asked, tokens)
+        positions = {token: self.history.locate(token, cursors[token]) for token in tokens}
+        if all(position.closed for position in positions.values()):
+            return None
+        first = positions.pop(tokens[0])
+        return EventStream(tokens[0], first, asked=asked, others=positions)
+
+    def publish(self, token: str, text: str, kind: Kind = Kind.EVENT, *, lost: bool = False) -> int:
+        (entry,) = self.history.append(token, [draft(text, kind=kind)])
+        if not lost:
+            self.hub.receive(token, entry.seq, entry.frame(), entry.finishes)
+        return entry.seq
+
+
+@pytest.fixture
+async def site(monkeypatch: pytest.MonkeyPatch) -> Site:
+    site = Site()
+    monkeypatch.setattr(streams, "get_hub", lambda: site.hub)
+    return site
+
+
+class Client:
+    """One listener, across its connections. It has what its decoder was fed, nothing else."""
+
+    def __init__(self, site: Site, tokens: list[str], cursor: str = "") -> None:
+        self.site = site
+        self.tokens = tokens
+        self.events: list[ServerSentEvent] = []
+        self.stream: EventStream | None = None
+        self.reading: asyncio.Task[bytes | None] | None = None
+        self.ended = False
+        self.connect(cursor)
+
+    def connect(self, cursor: str | None = None) -> bool:
+        """Come (back) with a cursor, by default the one it has; tell whether it may listen."""
+        self.decoder = Decoder(self.decoder.last_event_id if cursor is None else cursor)
+        self.stream = self.site.open(self.tokens, self.decoder.last_event_id)
+        self.ended = False
+        return self.stream is not None
+
+    async def leave(self) -> None:
+        """Hang up."""
+        reading, self.reading = self.reading, None
+        if reading is not None:
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reading
+        if self.stream is not None:
+            await self.stream.aclose()
+
+    async def reconnect(self, tokens: list[str] | None = None) -> bool:
+        """Hang up and come back; tell whether it may listen."""
+        await self.leave()
+        self.tokens = tokens or self.tokens
+        return self.connect()
+
+    @property
+    def cursor(self) -> str:
+        return self.decoder.last_event_id
+
+    async def _next(self) -> bytes | None:
+        assert self.stream is not None
+        try:
+            return await self.stream.__anext__()
+        except StopAsyncIteration:
+            return None
+
+    async def chunk(self) -> bytes:
+        """What comes next; nothing when nothing comes, or at the end."""
+        if self.reading is None:
+            self.reading = asyncio.ensure_future(self._next())
+        for _ in range(STEPS):
+            await asyncio.sleep(0)
+        if not self.reading.done():
+            return b""
+        reading, self.reading = self.reading, None
+        chunk = reading.result()
+        self.ended = chunk is None
+        return chunk or b""
+
+    async def read(self) -> list[str]:
+        """Read all there is; give the events' texts, with the names of special ones."""
+        got = []
+        while chunk := await self.chunk():
+            for event in self.decoder.feed(chunk):
+                self.events.append(event)
+                got.append(event.data if event.event == "ping" else event.event)
+        return got
+
+    def resets(self) -> list[dict[str, Any]]:
+        return [json.loads(event.data) for event in self.events if event.event == "reset"]
+
+
+# Several tokens
+
+
+async def test_every_frame_resumes_all_tokens(site: Site) -> None:
+    """Whichever event a listener has seen last, it goes on right there with each token."""
+    client = Client(site, ["a", "b"])
+    assert await client.read() == []
+    for text in ["a1", "b1", "b2", "a2", "a3", "b3"]:
+        site.publish(text[0], text)
+    assert await client.read() == ["a1", "b1", "b2", "a2", "a3", "b3"]
+    for index, event in enumerate(client.events):
+        late = Client(site, ["a", "b"], event.id)
+        expected = ["a1", "b1", "b2", "a2", "a3", "b3"][index + 1 :]
+        assert sorted(await late.read()) == sorted(expected)
+        await late.leave()
+    assert client.resets() == []
+    await client.leave()
+
+
+async def test_a_retry_resumes_all_tokens(site: Site) -> None:
+    """An event without data carries the cursor as well."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    site.publish("a", "a1")
+    site.publish("b", "700", Kind.RETRY)
+    assert await client.read() == ["a1"]
+    assert client.decoder.retry_ms == 700
+    assert await client.reconnect()
+    assert await client.read() == []
+    assert client.resets() == []
+    await client.leave()
+
+
+async def test_an_id_of_its_own_gives_way_to_the_cursor(site: Site) -> None:
+    """Events with an id of their own resume all tokens of the stream too."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    site.publish("b", "b1")
+    site.history.append("a", [draft("a1", own_id="own")])
+    site.hub.repair("a")
+    assert await client.read() == ["b1", "a1"]
+    assert client.cursor.startswith(MARK)
+    await client.reconnect()
+    assert await client.read() == []
+    await client.leave()
+
+
+async def test_live_only_events_between(site: Site) -> None:
+    """They have no id, and change nothing about where the listener goes on."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    site.publish("a", "a1")
+    site.hub.receive("b", None, draft("live").frame())
+    site.publish("b", "b1")
+    assert await client.read() == ["a1", "live", "b1"]
+    assert client.events[1].id == client.events[0].id
+    await client.reconnect()
+    assert await client.read() == []
+    await client.leave()
+
+
+async def test_a_token_that_is_new_to_the_set(site: Site) -> None:
+    """It starts at its newest event; the others go on where they were."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    await client.leave()
+    for token in "abc":
+        site.publish(token, f"{token}1")
+    assert await client.reconnect(["c", "b", "a"])
+    assert sorted(await client.read()) == ["a1", "b1"]
+    site.publish("c", "c2")
+    assert await client.read() == ["c2"]
+    assert client.resets() == []
+    await client.leave()
+
+
+async def test_a_token_that_leaves_the_set(site: Site) -> None:
+    """The others go on where they were; when it comes again it starts afresh."""
+    client = Client(site, ["a", "b", "c"])
+    await client.read()
+    assert await client.reconnect(["c", "a"])
+    for token in "abc":
+        site.publish(token, f"{token}1")
+    assert sorted(await client.read()) == ["a1", "c1"]
+    assert await client.reconnect(["a", "b", "c"])
+    assert await client.read() == []
+    site.publish("b", "b2")
+    assert await client.read() == ["b2"]
+    await client.leave()
+
+
+async def test_from_one_token_to_two_and_back(site: Site) -> None:
+    """A page that adds a token, and drops it again, misses nothing of the one it kept."""
+    client = Client(site, ["a"])
+    await client.read()
+    assert not client.cursor.startswith(MARK)
+    await client.leave()
+    site.publish("a", "a1")
+    assert await client.reconnect(["a", "b"])
+    assert await client.read() == ["a1"]
+    assert client.cursor.startswith(MARK)
+    await client.leave()
+    site.publish("a", "a2")
+    assert await client.reconnect(["a"])
+    assert await client.read() == ["a2"]
+    assert not client.cursor.startswith(MARK)
+    assert client.resets() == []
+    await client.leave()
+
+
+@pytest.mark.parametrize("cursor", [one for one in GARBAGE if one.isascii() and "\n" not in one])
+async def test_a_cursor_that_was_never_one(site: Site, cursor: str) -> None:
+    """The listener is told for each token that it may have missed events."""
+    for token in "ab":
+        site.publish(token, f"{token}1")
+    client = Client(site, ["a", "b"], cursor)
+    await client.read()
+    assert sorted(reset["token"] for reset in client.resets()) == ["a", "b"]
+    assert {reset["reason"] for reset in client.resets()} == {"unknown"}
+    site.publish("b", "b2")
+    assert await client.read() == ["b2"]
+    await client.leave()
+
+
+# Resets
+
+
+async def trimmed(site: Site, client: Client, *tokens: str) -> None:
+    """Let events of these tokens come and go while the listener is away."""
+    await client.leave()
+    for token in tokens:
+        for n in range(5):
+            site.publish(token, f"{token}{n}")
+        site.history._lives[token].drop_oldest()
+        site.history._lives[token].drop_oldest()
+
+
+async def test_reset_for_one_token_of_three(site: Site) -> None:
+    """It names the token, moves that one alone, and the others go on."""
+    client = Client(site, ["a", "b", "c"])
+    await client.read()
+    site.publish("b", "b")
+    await client.read()
+    before = client.cursor
+    await trimmed(site, client, "b")
+    site.publish("c", "c1")
+    assert await client.reconnect()
+    assert await client.read() == ["reset", "c1"]
+    (reset,) = client.resets()
+    assert (reset["reason"], reset["token"], reset["after"]) == ("expired", "b", before)
+    assert reset["resume"] == client.events[-2].id
+    site.publish("b", "b6")
+    assert await client.read() == ["b6"]
+    await client.reconnect()
+    assert await client.read() == []
+    await client.leave()
+
+
+async def test_resets_of_several_tokens_cut_anywhere(site: Site) -> None:
+    """Who is cut off between two resets is told the second one when it comes back."""
+    client = Client(site, ["a", "b", "c"])
+    await client.read()
+    for token in "abc":
+        site.publish(token, token)
+    await client.read()
+    cursor = client.cursor
+    await trimmed(site, client, "a", "b", "c")
+    whole = Client(site, ["a", "b", "c"], cursor)
+    first = await whole.chunk()
+    await whole.leave()
+    for cut in range(len(first) + 1):
+        one = Client(site, ["a", "b", "c"], cursor)
+        one.events += one.decoder.feed(first[:cut])
+        await one.reconnect()
+        await one.read()
+        told = {reset["token"] for reset in one.resets()}
+        assert told == {"a", "b", "c"}, f"cut after {cut} bytes of {first!r}"
+        await one.leave()
+
+
+async def test_a_reset_in_the_middle_of_a_stream_names_its_token(site: Site) -> None:
+    """A gap that cannot be closed moves its token alone."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    site.publish("a", "a0")
+    site.publish("b", "b0")
+    await client.read()
+    for n in range(1, 5):
+        site.publish("b", f"b{n}", lost=True)
+    site.history._lives["b"].drop_oldest()
+    site.history._lives["b"].drop_oldest()
+    site.publish("a", "a1")
+    site.hub.repair("b")
+    site.publish("a", "a2")
+    assert await client.read() == ["a1", "reset", "a2"]
+    (reset,) = client.resets()
+    assert (reset["reason"], reset["token"]) == ("expired", "b")
+    await client.reconnect()
+    assert await client.read() == []
+    await client.leave()
+
+
+# Closing
+
+
+async def test_a_closed_token_among_several(site: Site) -> None:
+    """The close is received, the others go on, and it stays closed for who has seen it."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    site.publish("a", "bye", Kind.FINISH)
+    site.publish("a", "a1")
+    site.publish("b", "b1")
+    assert await client.read() == ["close", "b1"]
+    assert not client.ended
+    assert await client.reconnect()
+    site.publish("a", "a2")
+    site.publish("b", "b2")
+    assert await client.read() == ["b2"]
+    await client.leave()
+
+
+async def test_all_closed_ends_the_stream_and_204s(site: Site) -> None:
+    """After the last close the stream ends, and there is nothing to come back to."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    site.publish("b", "bye", Kind.FINISH)
+    site.publish("a", "bye", Kind.FINISH)
+    assert await client.read() == ["close", "close"]
+    assert client.ended
+    assert client.stream is not None
+    assert client.stream.reason is Reason.FINISHED
+    assert not await client.reconnect()
+
+
+async def test_all_closed_while_away(site: Site) -> None:
+    """The rest up to each close is replayed, then the stream ends."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    await client.leave()
+    for token in "ab":
+        site.publish(token, f"{token}1")
+        site.publish(token, "bye", Kind.FINISH)
+        site.publish(token, "anew")
+    assert await client.reconnect()
+    assert await client.read() == ["a1", "close", "b1", "close"]
+    assert client.ended
+    assert not await client.reconnect()
+
+
+async def test_a_token_opened_anew_among_several(site: Site) -> None:
+    """A fresh listener has not seen the close, and its cursor says so until an event comes."""
+    site.publish("a", "bye", Kind.FINISH)
+    close = site.publish("b", "bye", Kind.FINISH)
+    client = Client(site, ["a", "b"])
+    await client.read()
+    assert split_cursor(client.cursor, ["b"]) == {"b": f"{close}+"}
+    assert await client.reconnect()
+    site.publish("a", "a1")
+    assert await client.read() == ["a1"]
+    assert split_cursor(client.cursor, ["b"]) == {"b": f"{close}+"}
+    assert await client.reconnect()
+    site.publish("b", "b1")
+    assert await client.read() == ["b1"]
+    assert split_cursor(client.cursor, ["b"]) == {"b": str(close + 1)}
+    site.publish("b", "bye", Kind.FINISH)
+    site.publish("a", "bye", Kind.FINISH)
+    assert await client.read() == ["close", "close"]
+    assert not await client.reconnect()
+
+
+async def test_a_close_that_was_dropped_unread_is_read_again(site: Site) -> None:
+    """An overflow takes back a close that was buffered, and everything before it."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    await client.chunk()
+    site.publish("a", "bye", Kind.FINISH)
+    for n in range(20):
+        site.publish("b", f"b{n} {'x' * 100}")
+    got = await client.read()
+    assert got[0] == "close"
+    assert [text.split()[0] for text in got[1:]] == [f"b{n}" for n in range(20)]
+    await client.leave()
+
+
+async def test_a_live_only_close_comes_after_what_is_still_to_be_read(site: Site) -> None:
+    """A close that needs no history waits for its token's events, as on a single stream."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    await client.leave()
+    for n in range(8):
+        site.publish("b", f"b{n} {'x' * 30}")
+    await client.reconnect()
+    await client.chunk()
+    site.hub.patience = 5 * STEPS
+    await client.chunk()
+    site.hub.receive("b", None, draft("bye", kind=Kind.FINISH).frame(), True)
+    site.hub.patience = 0
+    got = []
+    while len(got) < 9:
+        got += await client.read()
+    assert [text.split()[0] for text in got] == [*(f"b{n}" for n in range(8)), "close"]
+    await client.leave()
+
+
+async def test_live_only_closes_do_not_cut_off_what_is_still_to_be_read(site: Site) -> None:
+    """When the last token is closed, the events of the others are sent before the end."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    await client.leave()
+    site.publish("a", "bye", Kind.FINISH)
+    for n in range(8):
+        site.publish("b", f"b{n} {'x' * 30}")
+    await client.reconnect()
+    await client.chunk()
+    site.hub.patience = 5 * STEPS
+    await client.chunk()
+    site.hub.receive("b", None, draft("bye", kind=Kind.FINISH).frame(), True)
+    site.hub.patience = 0
+    got = []
+    while not client.ended:
+        got += await client.read()
+    texts = [text.split()[0] for text in got]
+    assert [text for text in texts if text != "close"] == [f"b{n}" for n in range(8)]
+    assert texts[-1] == "close"
+
+
+async def test_a_live_only_close_that_is_dropped_is_told(site: Site) -> None:
+    """An overflow that throws it out says that live-only events were lost."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    site.hub.receive("a", None, draft("bye", kind=Kind.FINISH).frame(), True)
+    for n in range(20):
+        site.publish("b", f"b{n} {'x' * 100}")
+    got = await client.read()
+    assert got[0] == "close" or {reset["reason"] for reset in client.resets()} == {"overflow"}
+    assert len(got) == 21
+    await client.leave()
+
+
+async def test_a_history_that_fails_for_a_while(site: Site) -> None:
+    """The stream waits, gives what needs no history, and goes on where it was."""
+    client = Client(site, ["a", "b"])
+    await client.read()
+    await client.leave()
+    site.publish("a", "a1")
+    await client.reconnect()
+    await client.chunk()
+    site.hub.failing = True
+    assert await client.chunk() == b""
+    site.hub.receive("b", None, draft("live").frame())
+    assert await client.read() == ["live"]
+    site.hub.failing = False
+    assert await client.read() == ["a1"]
+    await client.leave()
