@@ -17,6 +17,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-c
 .PHONY: help
 help:
 	@echo "make demo    serve the demo site on http://127.0.0.1:$(PORT)/ (PORT=... for another port)"
+	@echo "make demo-cluster  the same on three server processes, ports 8001 to 8003"
 	@echo "make test    run every test, with coverage (ARGS=... for pytest)"
 	@echo "make lint    check style and format"
 	@echo "make types   check types"
@@ -26,6 +27,11 @@ help:
 .PHONY: demo
 demo: $(VENV)/installed-demo
 	@exec $(VENV)/bin/python testproject/manage.py demo --port $(PORT)
+
+.PHONY: demo-cluster
+demo-cluster: $(VENV)/installed-demo-cluster
+	@exec $(VENV)/bin/python testproject/manage.py demo_cluster \
+		--port $(if $(filter file,$(origin PORT)),8001,$(PORT))
 
 .PHONY: test
 test: $(VENV)/installed-test

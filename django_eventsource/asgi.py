@@ -16,7 +16,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .backpressure import Producer, daphne_request, find_abort
+from .backpressure import Producer, find_abort, hold_back
+from .conf import conf
 from .streams import EventStream, Reason, Slot
 
 Message = MutableMapping[str, Any]
@@ -49,14 +50,24 @@ class Handover:
             await self.application(scope, receive, send)
             return
         slot = Slot()
+        gone = False
+
+        async def receive_head() -> Message:
+            # Django listens for a disconnect until it has finished; a server says it once.
+            nonlocal gone
+            message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
 
         async def send_head(message: Message) -> None:
             # Django ends the body that it believes to be empty.
             if slot.stream is None or message["type"] != "http.response.body":
                 await send(message)
 
-        await self.application({**scope, Slot.KEY: slot}, receive, send_head)
-        if slot.stream is not None:
+        await self.application({**scope, Slot.KEY: slot}, receive_head, send_head)
+        if slot.stream is not None and gone:
+            await slot.stream.aclose()
+        elif slot.stream is not None:
             await serve(slot.stream, receive, send)
 
 
@@ -72,30 +83,32 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
 
     stream.on_abort = cut_off
     listening = asyncio.ensure_future(_until_gone(stream, receive))
-    request = daphne_request(send)
-    producer = None
+    producer = hold_back(send)
+    abort = find_abort(send)
     try:
-        if request is not None and request.channel is not None:
-            producer = Producer()
-            request.registerProducer(producer, True)
-        known = producer is not None or find_abort(send) is not None
+        known = producer is not None or abort is not None
         await _send_all(stream, send, producer, None if known else PIECE_BYTES)
+        if producer is not None:
+            producer.release()
         if stream.reason is not Reason.LEFT:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async with asyncio.timeout(conf.stream_stall_seconds):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+    except TimeoutError:
+        if abort is not None:
+            abort()
     except asyncio.CancelledError:
         if not cut or task is None:
             raise  # the server ends it
         task.uncancel()
-        abort = None if stream.reason is Reason.LEFT else find_abort(send)
-        if abort is not None:
+        if abort is not None and stream.reason is not Reason.LEFT:
             abort()
             # The server must see it, or it complains of a response that is not whole.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
     finally:
         listening.cancel()
-        if producer is not None and request.channel is not None:
-            request.unregisterProducer()
+        if producer is not None:
+            producer.release()
         await stream.aclose()
 
 

@@ -17,9 +17,17 @@ class Producer:
     https://docs.twisted.org/en/stable/core/howto/producers.html
     """
 
-    def __init__(self) -> None:
+    def __init__(self, request: Any) -> None:
         self._ready = asyncio.Event()
         self._ready.set()
+        self._request = request
+        request.registerProducer(self, True)
+
+    def release(self) -> None:
+        """Be no producer any more, which must be before the response ends."""
+        request, self._request = self._request, None
+        if getattr(request, "channel", None) is not None:
+            request.unregisterProducer()
 
     def pauseProducing(self) -> None:  # noqa: N802
         """Receive: the transport has as much as it wants to hold."""
@@ -41,9 +49,15 @@ class Producer:
 def daphne_request(send: Any) -> Any:
     """Give the Twisted request behind Daphne's ``send``, or ``None``."""
     for one in getattr(send, "args", ()):
-        if hasattr(one, "registerProducer") and hasattr(one, "channel"):
+        if hasattr(one, "registerProducer") and getattr(one, "channel", None) is not None:
             return one
     return None
+
+
+def hold_back(send: Any) -> Producer | None:
+    """Give what Daphne is to be waited for with, or ``None`` where ``send`` waits itself."""
+    request = daphne_request(send)
+    return None if request is None else Producer(request)
 
 
 def find_abort(send: Any) -> Callable[[], None] | None:
@@ -53,8 +67,7 @@ def find_abort(send: Any) -> Callable[[], None] | None:
     """
     request = daphne_request(send)
     if request is not None:
-        owner = getattr(request.channel, "transport", None)
-        return getattr(owner, "abortConnection", None)
+        return getattr(getattr(request.channel, "transport", None), "abortConnection", None)
     # uvicorn keeps the transport itself; hypercorn some objects further, each with a send.
     one = getattr(send, "__self__", None)
     for _ in range(4):

@@ -8,7 +8,7 @@ import os
 import re
 import ssl
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -42,12 +42,14 @@ class NotMountedError(CommandError):
 class GrantAuth(httpx.Auth):
     """Sign every request with a fresh grant, made with the project's ``SECRET_KEY``.
 
-    :param token: the token it is for.
+    :param token: the token it is for, or several.
     :param listen: grant the right to listen.
     :param send: grant the right to send.
     """
 
-    def __init__(self, token: str, *, listen: bool = False, send: bool = False) -> None:
+    def __init__(
+        self, token: str | Sequence[str], *, listen: bool = False, send: bool = False
+    ) -> None:
         self.token = token
         self.listen = listen
         self.send = send

@@ -271,7 +271,9 @@ class EventStreamResponse(StreamingHttpResponse):
         # no middleware has put its own iterator around the stream.
         if self._iterator is not self._unwrapped:  # type: ignore[attr-defined]
             return super().__aiter__()
-        if self._slot is None:
+        # Django's handler marks the response that it sends. Any other is being iterated over
+        # by middleware, for a response of its own.
+        if self._slot is None or getattr(self, "_handler_class", None) is None:
             return self._stream
         self._slot.stream = self._stream
         return nothing()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from django_eventsource.history import Kind, Slice
 from django_eventsource.history.memory import MemoryHistory
 from django_eventsource.streams import EventStream, Reason
 from django_eventsource.subscribers import Subscriber
-from tests.histories import add, draft
+from tests.histories import draft
 
 TOKENS = ["a", "b", "c", "d"]
 STEPS = 12
@@ -152,11 +151,7 @@ class Hub:
         feed = self.feeds.get(token)
         if feed is None or feed.last is None:
             return
-        heads, floor = self.history.heads([token])
-        if token not in heads:
-            feed.raise_to(floor, certain=True)
-            return
-        more = feed.compare(feed.last, heads[token]) or feed.has_gap
+        more = feed.compare(feed.last, self.history.heads([token])[token].seq) or feed.has_gap
         while more and feed.subscriptions:
             after = feed.last
             more = feed.pass_on(after, self.history.read(token, after))
@@ -170,6 +165,7 @@ class Site:
     """A history, a hub, and streams as the view makes them."""
 
     def __init__(self, **options: Any) -> None:
+        self.live_only = 0
         self.history = MemoryHistory(**options)
         self.hub = Hub(self.history)
 
@@ -183,7 +179,9 @@ class Site:
         first = positions.pop(tokens[0])
         return EventStream(tokens[0], first, asked=asked, others=positions)
 
-    def publish(self, token: str, text: str, kind: Kind = Kind.EVENT, *, lost: bool = False) -> int:
+    def publish(
+        self, token: str, text: str, kind: Kind = Kind.EVENT, *, lost: bool = False
+    ) -> int:
         (entry,) = self.history.append(token, [draft(text, kind=kind)])
         if not lost:
             self.hub.receive(token, entry.seq, entry.frame(), entry.finishes)
@@ -193,6 +191,8 @@ class Site:
 @pytest.fixture
 async def site(monkeypatch: pytest.MonkeyPatch) -> Site:
     site = Site()
+    for token in TOKENS:
+        site.publish(token, "start")
     monkeypatch.setattr(streams, "get_hub", lambda: site.hub)
     return site
 
@@ -396,14 +396,20 @@ async def test_a_cursor_that_was_never_one(site: Site, cursor: str) -> None:
 # Resets
 
 
+def trim(history: MemoryHistory, token: str, kept: int) -> None:
+    """Forget all but the newest events, as the history does when there are too many."""
+    life = history._lives[token]
+    while len(life.entries) > kept:
+        life.drop_oldest()
+
+
 async def trimmed(site: Site, client: Client, *tokens: str) -> None:
     """Let events of these tokens come and go while the listener is away."""
     await client.leave()
     for token in tokens:
         for n in range(5):
             site.publish(token, f"{token}{n}")
-        site.history._lives[token].drop_oldest()
-        site.history._lives[token].drop_oldest()
+        trim(site.history, token, 2)
 
 
 async def test_reset_for_one_token_of_three(site: Site) -> None:
@@ -458,8 +464,7 @@ async def test_a_reset_in_the_middle_of_a_stream_names_its_token(site: Site) -> 
     await client.read()
     for n in range(1, 5):
         site.publish("b", f"b{n}", lost=True)
-    site.history._lives["b"].drop_oldest()
-    site.history._lives["b"].drop_oldest()
+    trim(site.history, "b", 2)
     site.publish("a", "a1")
     site.hub.repair("b")
     site.publish("a", "a2")
@@ -567,7 +572,7 @@ async def test_a_live_only_close_comes_after_what_is_still_to_be_read(site: Site
     site.hub.receive("b", None, draft("bye", kind=Kind.FINISH).frame(), True)
     site.hub.patience = 0
     got = []
-    while len(got) < 9:
+    for _ in range(20):
         got += await client.read()
     assert [text.split()[0] for text in got] == [*(f"b{n}" for n in range(8)), "close"]
     await client.leave()
@@ -588,8 +593,9 @@ async def test_live_only_closes_do_not_cut_off_what_is_still_to_be_read(site: Si
     site.hub.receive("b", None, draft("bye", kind=Kind.FINISH).frame(), True)
     site.hub.patience = 0
     got = []
-    while not client.ended:
+    for _ in range(20):
         got += await client.read()
+    assert client.ended
     texts = [text.split()[0] for text in got]
     assert [text for text in texts if text != "close"] == [f"b{n}" for n in range(8)]
     assert texts[-1] == "close"
@@ -623,3 +629,186 @@ async def test_a_history_that_fails_for_a_while(site: Site) -> None:
     site.hub.failing = False
     assert await client.read() == ["a1"]
     await client.leave()
+
+
+# Everything together
+
+
+class Witness(Client):
+    """A listener that knows what it must get: of each token every event, once, in order.
+
+    Events are numbered by their sequence numbers. A reset must name its token, say the
+    place that the stream goes on from, and be true: events after the last one are gone.
+    """
+
+    def __init__(self, site: Site, tokens: list[str]) -> None:
+        self.last: dict[str, int] = {}
+        self.closed: set[str] = set()
+        super().__init__(site, tokens)
+
+    def connect(self, cursor: str | None = None) -> bool:
+        self.starts = {token: self.site.history.newest(token)[0] for token in self.tokens}
+        self.wire = b""
+        return super().connect(cursor)
+
+    def hear(self, size: int) -> None:
+        """Take so many bytes of what is on its way, and look at every line."""
+        taken, self.wire = self.wire[:size], self.wire[size:]
+        for line in taken.splitlines(keepends=True):
+            for event in self.decoder.feed(line):
+                self.check(event)
+            if self.cursor:
+                # The opening has committed where it starts with the tokens that are new.
+                self.last = {**self.starts, **self.last}
+
+    def check(self, event: ServerSentEvent) -> None:
+        if event.event == "reset":
+            self.check_reset(json.loads(event.data))
+            return
+        token, _, number = event.data.partition(" ")
+        if number == "live":
+            return
+        seq = int(number.split()[0])
+        assert token not in self.closed, "nothing comes after the close"
+        assert seq == self.last[token] + 1, f"{token}: {seq} after {self.last[token]}"
+        self.last[token] = seq
+        if event.event == "close":
+            self.closed.add(token)
+
+    def check_reset(self, reset: dict[str, Any]) -> None:
+        if reset["reason"] == "overflow":
+            assert self.site.live_only, "there were live-only events to lose"
+            return
+        token = reset.get("token") or self.tokens[0]
+        assert ("token" in reset) == (len(self.tokens) > 1)
+        assert reset["reason"] == "expired"
+        assert token in self.last, "it had a place there"
+        oldest = self.site.history._lives[token].kept
+        assert oldest > self.last[token] + 1, f"{token}: nothing is gone after {self.last[token]}"
+        place = split_cursor(reset["resume"], self.tokens)[token]
+        assert place is not None
+        self.last[token] = int(place.rstrip("+"))
+        self.closed.discard(token)
+
+
+class Random(Site):
+    """What may happen, in any order."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        super().__init__(MAX_EVENTS=8)
+        self.data = data
+        self.sent: list[tuple[str, int, bytes, bool]] = []
+        """What was published, as the layer may bring it, once or again or never."""
+        self.tokens = TOKENS[: data.draw(st.integers(2, 4), "tokens")]
+        self.fates = st.tuples(
+            st.sampled_from(self.tokens), st.sampled_from(["brought", "brought", "lost", "live"])
+        )
+
+    def pick(self, *choices: Any) -> Any:
+        return self.data.draw(st.sampled_from(choices))
+
+    def happen(self, token: str, kind: Kind, size: int) -> None:
+        """Publish a durable event; whether the layer brings it is another matter."""
+        number = self.history.newest(token)[0] + 1
+        text = f"{token} {number} {'x' * size}"
+        (entry,) = self.history.append(token, [draft(text, kind=kind)])
+        self.sent.append((token, entry.seq, entry.frame(), entry.finishes))
+
+    async def step(self, client: Witness) -> Witness:
+        token = self.pick(*self.tokens)
+        match self.pick(
+            *["burst"] * 5, *["read"] * 5, "repair", "replay", "cut", "cut", "cut",
+            "close", "set", "fresh", "history", "slow",
+        ):  # fmt: skip
+            case "burst":
+                size = self.pick(0, 0, 150)
+                for one, fate in self.data.draw(st.lists(self.fates, max_size=8)):
+                    if fate == "live":
+                        self.live_only += 1
+                        self.hub.receive(one, None, draft(f"{one} live").frame())
+                        continue
+                    self.happen(one, Kind.EVENT, size)
+                    if fate == "brought":
+                        self.hub.receive(*self.sent[-1])
+            case "close":
+                self.happen(token, Kind.FINISH, 0)
+                self.hub.receive(*self.sent[-1])
+            case "replay" if self.sent:
+                self.hub.receive(*self.pick(*self.sent[-9:]))
+            case "repair":
+                self.hub.repair(token)
+            case "read":
+                for _ in range(self.pick(1, 1, 2, 9)):
+                    if client.stream is not None and not client.ended:
+                        client.wire += await client.chunk()
+                if self.pick(True, True, False):
+                    client.hear(len(client.wire))
+            case "cut":
+                client.hear(self.data.draw(st.integers(0, len(client.wire))))
+                await self.come_back(client)
+            case "set" if client.cursor:
+                # A token that leaves is forgotten, and starts afresh when it comes again.
+                tokens = self.data.draw(st.permutations(self.tokens))
+                tokens = tokens[: self.pick(2, len(tokens))]
+                for one in set(client.tokens) - set(tokens):
+                    client.last.pop(one, None)
+                    client.closed.discard(one)
+                await self.come_back(client, tokens)
+            case "fresh":
+                await client.leave()
+                client = Witness(self, client.tokens)
+            case "history":
+                self.hub.failing = not self.hub.failing
+            case "slow":
+                self.hub.patience = self.pick(0, 1, 3 * STEPS)
+        return client
+
+    async def come_back(self, client: Witness, tokens: list[str] | None = None) -> None:
+        if not await client.reconnect(tokens):
+            assert client.closed >= set(client.tokens), "204 is for who has seen every close"
+        self.hub.forget_empty()
+
+    async def run(self) -> None:
+        for token in TOKENS:
+            self.happen(token, Kind.EVENT, 0)
+        client = Witness(self, self.tokens)
+        for _ in range(len(self.tokens) + 2):
+            client.wire += await client.chunk()
+        client.hear(len(client.wire))
+        for _ in range(self.data.draw(st.integers(5, 40), "steps")):
+            client = await self.step(client)
+        await self.settle(client)
+
+    async def settle(self, client: Witness) -> None:
+        """Now nothing happens any more: the listener must come to the end of everything."""
+        self.hub.failing = False
+        self.hub.patience = 0
+        quiet = 0
+        while quiet < 3:
+            if client.ended:
+                client.hear(len(client.wire))
+                await self.come_back(client)
+            if client.stream is None:
+                break
+            for token in client.tokens:
+                self.hub.repair(token)
+            client.wire += await client.chunk()
+            quiet = 0 if client.wire or client.ended else quiet + 1
+            client.hear(len(client.wire))
+        for token in client.tokens:
+            if token not in client.closed:
+                assert client.last[token] == self.history.newest(token)[0], token
+        await client.leave()
+
+
+@given(st.data())
+def test_whatever_happens_nothing_is_missing(data: st.DataObject) -> None:
+    """Losses, overflows, cuts at any byte, changed sets: every event once, or a true reset."""
+
+    async def run() -> None:
+        site = Random(data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(streams, "get_hub", lambda: site.hub)
+            await site.run()
+
+    asyncio.run(run())

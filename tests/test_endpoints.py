@@ -191,7 +191,7 @@ def test_requests_sign_themselves() -> None:
     scheme, _, text = request.headers["Authorization"].partition(" ")
     grant = read_grant(text)
     assert scheme == "Bearer"
-    assert (grant.token, grant.listen, grant.send) == ("42", True, False)
+    assert (grant.tokens, grant.listen, grant.send) == (("42",), True, False)
 
 
 def test_who_authenticates(monkeypatch: pytest.MonkeyPatch) -> None:

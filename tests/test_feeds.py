@@ -1,8 +1,7 @@
-"""Feeds and subscribers: order, bounds, gaps. No I/O, so every case can be made."""
+"""Feeds: order, gaps, heads and floors. No I/O, so every case can be made."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import pytest
@@ -11,9 +10,8 @@ from hypothesis import strategies as st
 
 from django_eventsource import feeds
 from django_eventsource.feeds import Feed
-from django_eventsource.frames import KEEPALIVE, Decoder
+from django_eventsource.frames import Decoder
 from django_eventsource.history import Entry, Kind, Slice
-from django_eventsource.subscribers import reset_frame
 from tests.histories import draft
 from tests.singles import Single
 
@@ -217,70 +215,7 @@ def test_close_in_the_history_ends_the_catch_up(feed: Feed) -> None:
     assert got(subscriber) == []
 
 
-def test_live_only_close_ends_even_a_full_subscriber(feed: Feed) -> None:
-    """A close without an id always finds room."""
-    subscriber = subscribe(feed, size=60)
-    send(feed, None, "x" * 30)
-    send(feed, None, "bye" * 10, finish=True)
-    assert subscriber.finished
-    assert got(subscriber)[-1] == "bye" * 10
-
-
 # Bounds
-
-
-def test_overflow_drops_the_buffer_not_the_listener(feed: Feed) -> None:
-    """A full subscriber falls behind and reads everything from the history."""
-    subscriber = subscribe(feed, size=100)
-    for seq in range(11, 30):
-        send(feed, seq)
-        assert subscriber._size <= 100
-    assert not subscriber.live
-    assert subscriber.position == 10
-    chunk = subscriber.catch_up(read(*range(11, 30), last=29))
-    assert [event.data for event in Decoder().feed(chunk)] == [str(n) for n in range(11, 30)]
-    assert subscriber.live
-    assert subscriber.take_loss() == b""
-
-
-def test_overflow_goes_back_to_what_was_written(feed: Feed) -> None:
-    """Events already taken for the socket are not sent again."""
-    subscriber = subscribe(feed, size=100)
-    send(feed, 11)
-    assert got(subscriber) == ["11"]
-    for seq in range(12, 20):
-        send(feed, seq)
-    assert subscriber.position == 11
-
-
-def test_one_event_larger_than_the_buffer_is_held(feed: Feed) -> None:
-    """The bound never keeps a single event out."""
-    subscriber = subscribe(feed, size=10)
-    send(feed, 11, "x" * 1000)
-    assert got(subscriber) == ["x" * 1000]
-
-
-def test_lost_live_only_events_are_told(feed: Feed) -> None:
-    """Live-only events that no history has are reported with reset."""
-    subscriber = subscribe(feed, size=100)
-    for n in range(10):
-        send(feed, None, f"live {n}")
-    subscriber.catch_up(read(last=10))
-    chunk = subscriber.take_loss() + subscriber.take()
-    events = Decoder("before").feed(chunk)
-    assert events[0].event == "reset"
-    assert json.loads(events[0].data) == {"reason": "overflow", "after": None, "resume": None}
-    assert events[0].id == "before", "it does not move the cursor"
-    assert subscriber.take_loss() == b"", "it is told once"
-
-
-def test_live_only_events_before_an_overflow_are_told(feed: Feed) -> None:
-    """A durable event that finds no room throws out live-only ones: they are lost."""
-    subscriber = subscribe(feed, size=100)
-    send(feed, None, "live")
-    for seq in range(11, 20):
-        send(feed, seq)
-    assert b"overflow" in subscriber.take_loss()
 
 
 def test_live_only_events_are_held_for_one_that_reads(feed: Feed) -> None:
@@ -383,17 +318,6 @@ def test_a_gap_that_the_history_cannot_close_is_not_asked_for_in_a_circle() -> N
     assert len(told) == 1
 
 
-def test_nothing_follows_a_close_that_was_read(feed: Feed) -> None:
-    """A loss that came about while the close was read is not told after it."""
-    subscriber = Single(10, buffer_bytes=60, keepalive_seconds=None)
-    feed.add(subscriber.only)
-    for _ in range(3):
-        send(feed, None, "x" * 40)
-    assert subscriber._lost
-    subscriber.catch_up(Slice(entries=(entry(11, Kind.FINISH),), complete=True, last=11))
-    assert subscriber.take_loss() + subscriber.take() == b""
-
-
 def test_an_overtaken_read_does_not_reset(feed: Feed) -> None:
     """A read from a place that the feed has left says nothing about it."""
     subscriber = subscribe(feed)
@@ -438,57 +362,6 @@ def test_a_floor_says_nothing_to_a_feed_without_a_place(feed: Feed) -> None:
     subscriber.only.finished = True
     feed.raise_to(60, certain=True)
     assert subscriber.take() == b""
-
-
-# Keepalives and waiting
-
-
-def test_keepalive_only_on_a_silent_stream(feed: Feed) -> None:
-    """Every second tick without a write gives one; a stalled reader gets no more."""
-    subscriber = subscribe(feed)
-    for _ in range(2):
-        subscriber.keep_alive()
-        assert subscriber.take() == b""
-        subscriber.keep_alive()
-        assert subscriber.take() == KEEPALIVE
-    for _ in range(8):
-        subscriber.keep_alive()
-    assert subscriber.take() == KEEPALIVE
-    send(feed, 11)
-    got(subscriber)
-    subscriber.keep_alive()
-    assert subscriber.take() == b""
-
-
-async def test_waiting_ends_with_news(feed: Feed) -> None:
-    """A waiting stream is woken by an event, and waits no longer than that."""
-    subscriber = subscribe(feed)
-    waiting = asyncio.ensure_future(subscriber.wait())
-    await asyncio.sleep(0)
-    assert not waiting.done()
-    send(feed, 11)
-    send(feed, 12)
-    await waiting
-    await subscriber.wait()
-    assert got(subscriber) == ["11", "12"]
-
-
-async def test_cancelled_waiting_leaves_nothing(feed: Feed) -> None:
-    """A subscriber whose stream was cancelled can still be written to."""
-    subscriber = subscribe(feed)
-    waiting = asyncio.ensure_future(subscriber.wait())
-    await asyncio.sleep(0)
-    waiting.cancel()
-    send(feed, 11)
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    send(feed, 12)
-    assert got(subscriber) == ["11", "12"]
-
-
-def test_reset_frame_without_a_place() -> None:
-    """A reset that moves nobody has no id line."""
-    assert b"id:" not in reset_frame("overflow", after=None, resume=None)
 
 
 # Everything together

@@ -162,7 +162,20 @@ def test_the_request_is_signed() -> None:
     assert request.path == "/ev/poll/42"
     assert request.headers["last-event-id"] == "é".encode()
     grant = read_grant(request.headers["authorization"].decode().removeprefix("Bearer "))
-    assert (grant.token, grant.listen, grant.send) == ("42", True, False)
+    assert (grant.tokens, grant.listen, grant.send) == (("42",), True, False)
+
+
+def test_several_tokens_on_one_stream() -> None:
+    """One request and one grant for all; it ends when each of them is closed."""
+    closes = b"event: close\ndata: a\n\nevent: ping\ndata: x\n\n" + b"event: close\ndata: b\n\n" * 2
+    with Server(stream(closes)) as server:
+        result = Run("42", "a b", "43", "-P", str(server.port))
+    assert result.error is None
+    assert result.out == "close: a\nping: x\nclose: b\nclose: b\n"
+    request = server.requests[0]
+    assert request.path == "/ev/poll/42?token=a+b&token=43"
+    grant = read_grant(request.headers["authorization"].decode().removeprefix("Bearer "))
+    assert grant.tokens == ("42", "a b", "43")
 
 
 def test_options_make_the_request() -> None:
@@ -360,6 +373,8 @@ def test_certificates(tmp_path: Path) -> None:
             ("http://h/", "-H", "h", "-a", "x"),
             "'http://h/' is a whole URL, which leaves no place for -H/--host, -a/--action.",
         ),
+        (("http://h/", "b"), "is a whole URL, which leaves no place for another TOKEN."),
+        (("42", ""), "token"),
     ],
 )
 def test_bad_input(arguments: tuple[str, ...], message: str) -> None:

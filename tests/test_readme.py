@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import json
 import os
 import random
 import re
@@ -30,13 +31,17 @@ from docutils import nodes
 from docutils.core import publish_doctree
 
 import django_eventsource
-from django_eventsource import events
+from django_eventsource import events, signals
 from django_eventsource.client import AsyncEventSourceClient, EventSourceClient
 from django_eventsource.conf import DEFAULT_HISTORY, PROPERTIES, conf
 from django_eventsource.exceptions import NotAuthenticated
 from django_eventsource.history.base import Draft, History
 from django_eventsource.history.database import DatabaseHistory
+from django_eventsource.history.redis import RedisHistory
+from django_eventsource.listeners import Listener
 from django_eventsource.policies import AllowAny
+from django_eventsource.streams import Reason
+from django_eventsource.tokens import CONTROL_TOKEN
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.rst", "CHANGELOG.rst", "docs/architecture.rst", "docs/guarantees.rst"]
@@ -146,6 +151,7 @@ def test_order_of_sections():
         "Settings",
         "Event classes",
         "Publishing",
+        "Streams",
         "The commands",
         "Python client",
         "Security",
@@ -198,7 +204,9 @@ def test_setting_default(name, settings):
 def test_history_options():
     """The table of the history's options has those that the code takes, and their defaults."""
     documented = {name: ast.literal_eval(text) for name, _, text, _ in tables("Settings")[1][1:]}
-    assert documented == defaults(History) | defaults(DatabaseHistory)
+    redis = defaults(RedisHistory)
+    redis["HOSTS"] = list(redis["HOSTS"])
+    assert documented == defaults(History) | defaults(DatabaseHistory) | redis
     assert DEFAULT_HISTORY in literals(section("Settings"))
 
 
@@ -350,7 +358,7 @@ def test_command_line_parses(line):
     """A command line of the README is one that the command takes."""
     name, *arguments = shlex.split(line)
     parsed = parser(name).parse_args(arguments)
-    assert name not in COMMANDS[:3] or parsed.token
+    assert name not in COMMANDS[:3] or vars(parsed).get("token") or parsed.tokens
 
 
 # Python
@@ -398,6 +406,53 @@ async def test_policy_example():
         await policy.can_listen(request(AnonymousUser()), "user:None")
 
 
+async def test_state_example():
+    """The view of the example begins its streams with a state."""
+    view = run_block("A stream that begins with a state")["WeatherView"]()  # type: ignore[operator]
+    assert await view.initial_state(None, "x") == [("ping", "the state of x")]
+
+
+def test_options_example():
+    """The URL of the example has both options."""
+    (pattern,) = run_block("One listener, or at least one")["urlpatterns"]  # type: ignore[misc]
+    assert pattern.callback.view_initkwargs == {"exclusive": True, "require_listener": True}
+
+
+def test_listeners_example(memory_history, capsys):
+    """Nobody listens in a test."""
+    run_block("Who listens")
+    assert capsys.readouterr().out == "0 ()\n"
+
+
+def test_ending_example(memory_history):
+    """What the example ends, every process is told."""
+    run_block("Ending streams")
+    entries = memory_history.read(CONTROL_TOKEN, memory_history.oldest(CONTROL_TOKEN)).entries
+    told = [json.loads(entry.draft.data) for entry in entries]
+    assert told == [{"token": "news", "user": None}, {"token": None, "user": "42"}]
+
+
+async def test_signals_example(memory_history, capsys):
+    """Each receiver of the example takes what its signal sends."""
+    names = run_block("Signals")
+    try:
+        who = Listener(tokens=("t",), user="7")
+        await signals.stream_opened.asend(None, listener=who, request=None)
+        await signals.stream_closed.asend(None, listener=who, reason=Reason.LEFT, seconds=2)
+        event = events.StringEvent("t", "ping")
+        await signals.event_published.asend(None, event=event)
+    finally:
+        for name, signal in (
+            ("on_opened", signals.stream_opened),
+            ("on_closed", signals.stream_closed),
+            ("on_published", signals.event_published),
+        ):
+            signal.disconnect(names[name])
+    assert capsys.readouterr().out == (
+        "7 listens to ('t',)\n7 listened for 2 seconds: left\nt ping None\n"
+    )
+
+
 # The first use, as printed
 
 
@@ -423,13 +478,14 @@ def test_first_use(tmp_path):
         return done.stdout + done.stderr
 
     first_use = section("First use in an existing project")
-    settings, urls, views = blocks("python", first_use)
+    settings, asgi, urls, views = blocks("python", first_use)
     (page,) = blocks("html", first_use) or blocks("html+django", first_use)
     tests = "\n\n".join([*blocks("python", section("Testing your project")), PAGE_TEST])
     run("-m", "django", "startproject", "mysite", ".")
     run("manage.py", "startapp", "news")
     append(tmp_path / "mysite" / "settings.py", settings)
     append(tmp_path / "mysite" / "urls.py", urls)
+    (tmp_path / "mysite" / "asgi.py").write_text(asgi)
     (tmp_path / "news" / "views.py").write_text(views)
     (tmp_path / "news" / "templates").mkdir()
     (tmp_path / "news" / "templates" / "news.html").write_text(page)

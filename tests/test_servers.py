@@ -6,11 +6,15 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,23 +26,48 @@ from django_eventsource import publish
 from django_eventsource.frames import Decoder
 from django_eventsource.history import get_history
 from django_eventsource.publishing import apublish
+from tests import processes
 from tests.listeners import Connection, Listener
-from tests.processes import DEADLINE, POSTGRES, ROOT, Server, environment, serve
+from tests.processes import DEADLINE, POSTGRES, ROOT, Server, environment
 
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
 
 OPEN = {"EVENTSOURCE_POLICY": "django_eventsource.policies.AllowAny"}
 
 
-@pytest.fixture(params=["daphne", "uvicorn"])
+SERVERS = ["daphne", "uvicorn", "hypercorn", "granian"]
+PLAIN = ["daphne plain", "uvicorn plain"]
+"""Without the wrapper: streams are served inside of Django."""
+
+
+@contextmanager
+def serve(kind: str, **overrides: Any) -> Iterator[Server]:
+    """Run a server, and end what a killed supervisor leaves: granian's workers outlive it."""
+    with processes.serve(kind, **overrides) as server:
+        try:
+            yield server
+        finally:
+            end_workers(server)
+
+
+def end_workers(server: Server) -> None:
+    if server.process is not None and server.process.poll() is None:
+        for worker in psutil.Process(server.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+
+
+@pytest.fixture(params=[*SERVERS, *PLAIN])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     with serve(request.param, **OPEN) as server:
         yield server
 
 
 def process_of(server: Server) -> psutil.Process:
+    """The process that serves: granian has it under one that looks after it."""
     assert server.process is not None
-    return psutil.Process(server.process.pid)
+    process = psutil.Process(server.process.pid)
+    return ([process, *process.children(recursive=True)])[-1]
 
 
 def database_handles(server: Server) -> int:
@@ -159,20 +188,190 @@ async def test_disconnected_listeners_are_forgotten(server: Server) -> None:
     await until_idle(0, sockets)
 
 
+def exit_status(kind: str, how: signal.Signals) -> int:
+    """What the server says when it leaves: uvicorn sends itself SIGTERM again."""
+    return -how if (kind, how) == ("uvicorn", signal.SIGTERM) else 0
+
+
+async def rest_of(connection: Connection) -> bytes:
+    """Read up to the end of the body."""
+    body = b""
+    while chunk := await connection.read():
+        body += chunk
+    return body
+
+
+def comes_back_ms(body: bytes) -> int:
+    """The reconnection time that a body ends with."""
+    field, _, value = body.rstrip(b"\n").rpartition(b"\n")[2].partition(b": ")
+    assert (field, body[-2:]) == (b"retry", b"\n\n")
+    return int(value)
+
+
+async def leave(server: Server, how: signal.Signals) -> tuple[int, float]:
+    """Send a signal, and give the exit status and the time that it took."""
+    assert server.process is not None
+    began = time.monotonic()
+    server.process.send_signal(how)
+    status = await asyncio.to_thread(server.process.wait, 8)
+    return status, time.monotonic() - began
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-async def test_daphne_leaves_cleanly_with_open_streams(how: signal.Signals) -> None:
-    """Exit status 0, nothing on its way out but what it logs itself, and the stream ends."""
-    with serve("daphne", **OPEN) as server:
-        stream = await Connection.open(server.address, "/events/poll/t")
-        await stream.read()
-        await apublish("t", "ping", "x")
-        await stream.read()
-        assert server.stop(how) == 0
-        assert await stream.read() == b""
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_server_leaves_well_with_open_streams(kind: str, how: signal.Signals) -> None:
+    """Every stream ends within a second, whole; the process goes, and says nothing of it."""
+    with serve(kind, **OPEN) as server:
+        streams = [await Connection.open(server.address, f"/events/poll/{n}") for n in range(5)]
+        # HTTP/1.1 tells a body that is whole from one that was torn off.
+        whole = await HTTP11.open(server.address, "/events/poll/0")
+        for stream in streams:
+            await stream.read()
+        await apublish("0", "ping", "x")
+        assert b"data: x" in await streams[0].read()
+        leaving = asyncio.create_task(leave(server, how))
+        began = time.monotonic()
+        bodies = [await rest_of(stream) for stream in streams]
+        assert time.monotonic() - began < 1
+        for body in bodies:
+            assert 500 <= comes_back_ms(body) <= 5000
+        body = await whole.rest()
+        assert b"data: x" in body
+        assert 500 <= comes_back_ms(body) <= 5000
+        status, seconds = await leaving
+        assert status == exit_status(kind, how)
+        assert seconds < 3
         assert server.log.read_text() == ""
-        stream.close()
+        for stream in streams:
+            stream.close()
+        whole.close()
 
 
+class HTTP11:
+    """One open stream over HTTP/1.1, whose body has an end that can be seen."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def open(cls, address: tuple[str, int], path: str) -> HTTP11:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        async with asyncio.timeout(DEADLINE):
+            head = await reader.readuntil(b"\r\n\r\n")
+        assert head.split()[1] == b"200"
+        assert b"transfer-encoding: chunked" in head.lower()
+        return cls(reader, writer)
+
+    async def rest(self) -> bytes:
+        """Read all chunks, up to the last one, which is empty."""
+        body = b""
+        async with asyncio.timeout(DEADLINE):
+            while size := int(await self.reader.readline(), 16):
+                body += await self.reader.readexactly(size)
+                assert await self.reader.readline() == b"\r\n"
+            assert await self.reader.readline() == b"\r\n"
+        return body
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+
+@pytest.mark.parametrize("size", [30_000, 500_000])
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_server_leaves_though_a_reader_has_stalled(kind: str, size: int) -> None:
+    """Whether the server holds a little for it, or waits for it: in a few seconds it is gone."""
+    server = Server(kind, **OPEN)
+    slow = socket.socket()
+    try:
+        if kind != "granian":
+            server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        server.start()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(DEADLINE)
+        await asyncio.to_thread(slow.connect, server.address)
+        slow.sendall(b"GET /events/poll/t HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        got = b""
+        while b"\nid: " not in got:
+            got += await asyncio.to_thread(slow.recv, 4096)
+        other = await Connection.open(server.address, "/events/poll/t")
+        await other.read()
+        # granian makes its sockets itself: they hold some megabytes.
+        for n in range(12 if kind == "granian" and size > 30_000 else 1):
+            await apublish("t", "ping", str(n) + "x" * size)
+        body = b""
+        while body.count(b"xxx\n\n") <= n:
+            body += await other.read()
+        leaving = asyncio.create_task(leave(server, signal.SIGTERM))
+        assert 500 <= comes_back_ms(body + await rest_of(other)) <= 5000
+        status, seconds = await leaving
+        assert status == exit_status(kind, signal.SIGTERM)
+        assert seconds < 4
+        assert server.log.read_text() == ""
+        other.close()
+    finally:
+        slow.close()
+        end_workers(server)
+        server.close()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_who_comes_while_a_server_leaves_is_told_to_come_back(kind: str) -> None:
+    """On a connection that is open already: 200, and when to come back.
+
+    hypercorn and granian do not wait for us: they close connections without a request at
+    once, which also makes a listener come back.
+    """
+    with serve(kind, **OPEN) as server:
+        # A reader that has stalled makes it last as long as it may.
+        stalled = await Connection.open(server.address, "/events/poll/t")
+        await stalled.read()
+        stalled.reader._transport.pause_reading()  # type: ignore[attr-defined]
+        for n in range(60):
+            await apublish("t", "ping", str(n) + "x" * 100_000)
+        late = [await asyncio.open_connection(*server.address) for _ in range(3)]
+        await asyncio.sleep(1)
+        assert server.process is not None
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.1)
+        answers = []
+        for reader, writer in late:
+            writer.write(b"GET /events/poll/t HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            async with asyncio.timeout(DEADLINE):
+                answers.append(await reader.read())
+            writer.transport.abort()
+        stalled.close()
+        if kind in ("hypercorn", "granian"):
+            answers = [answer for answer in answers if answer]
+        for answer in answers:
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.split()[1] == b"200"
+            assert 500 <= comes_back_ms(body) <= 10_000
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_stream_that_ends_by_itself_leaves_no_line_in_the_log(kind: str) -> None:
+    """A close, and a listener that hangs up: neither is an error to the server."""
+    with serve(kind, **OPEN) as server:
+        for token in ("a", "b"):
+            ended = await Connection.open(server.address, f"/events/poll/{token}")
+            gone = await Connection.open(server.address, f"/events/poll/{token}")
+            await ended.read()
+            await gone.read()
+            gone.close()
+            await apublish(token, "close", "bye")
+            assert b"data: bye" in await rest_of(ended)
+            ended.close()
+        # Daphne looks at what its applications raised once per second.
+        await asyncio.sleep(1.3)
+        await leave(server, signal.SIGTERM)
+        assert server.log.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "server", ["daphne", "uvicorn", "hypercorn", "uvicorn plain"], indirect=True
+)
 async def test_a_killed_server_loses_nothing(server: Server) -> None:
     """Killed and started again: the listener comes back and has everything, once."""
     listener = Listener(

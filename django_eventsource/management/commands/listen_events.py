@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from typing import Any
+from urllib.parse import urlencode
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
@@ -28,10 +29,11 @@ class Command(BaseCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         """Add the options of the listener."""
         parser.add_argument(
-            "token",
+            "tokens",
             metavar="TOKEN",
-            help="The token, or the http(s):// URL of any stream of server-sent events, which "
-            "is requested as given and without a grant.",
+            nargs="+",
+            help="The token, or several that one stream is to carry; or the http(s):// URL of "
+            "any stream of server-sent events, which is requested as given and without a grant.",
         )
         endpoints.add_url_arguments(parser)
         endpoints.add_http_arguments(parser)
@@ -75,6 +77,7 @@ class Command(BaseCommand):
         self.as_json: bool = options["json"]
         self.verbosity: int = options["verbosity"]
         self.failures: set[str] = set()
+        self.tokens: list[str] = options["tokens"]
         count = options["count"]
         limit = None if count is None else endpoints.whole_number("--count", count)
         try:
@@ -90,10 +93,10 @@ class Command(BaseCommand):
     def make_client(self, options: endpoints.Options) -> EventSourceClient:
         """Make the client that the options describe."""
         url = self.make_url(options)
-        token = options["token"]
+        tokens = options["tokens"]
         grant = None
-        if not endpoints.is_whole_url(token):
-            grant = endpoints.GrantAuth(token, listen=True)
+        if not endpoints.is_whole_url(tokens[0]):
+            grant = endpoints.GrantAuth(tokens, listen=True)
         retry, timeout = options["retry"], options["read_timeout"]
         return EventSourceClient(
             url,
@@ -115,28 +118,33 @@ class Command(BaseCommand):
 
     def make_url(self, options: endpoints.Options) -> str:
         """Give the URL of the stream."""
-        token = options["token"]
+        token, *further = options["tokens"]
         if endpoints.is_whole_url(token):
             others = endpoints.given(options, "host", "port", "prefix", "ssl", "url", "action")
+            others += ["another TOKEN"] if further else []
             if others:
                 raise CommandError(
                     f"{token!r} is a whole URL, which leaves no place for {', '.join(others)}."
                 )
             return str(token)
         action = options["action"] or conf.event_class.LISTEN
-        return endpoints.event_url(action, check_token(token), options)
+        url = endpoints.event_url(action, check_token(token), options)
+        query = urlencode([("token", check_token(other)) for other in further])
+        return f"{url}?{query}" if query else url
 
     def listen(self, client: EventSourceClient, limit: int | None) -> None:
-        """Print events until ``FINISH``, the limit, or 204.
+        """Print events until ``FINISH`` of every token, the limit, or 204.
 
         :raises CommandError: when the stream ends without any of them.
         """
         finish = conf.event_class.FINISH
+        unfinished = len(set(self.tokens))
         for number, event in enumerate(client, start=1):
             self.failures.clear()
             self.stdout.write(self.format(event))
             self.stdout.flush()
-            if event.event == finish or number == limit:
+            unfinished -= event.event == finish
+            if not unfinished or number == limit:
                 return
         if not client.no_content:
             raise CommandError(

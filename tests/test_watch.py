@@ -1,0 +1,598 @@
+"""The watch: streams end when they must, whatever fails; and who listens is told."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.contrib.auth.models import Permission, User
+from django.db import connections
+from django.http import HttpRequest
+from django.test import AsyncClient
+from django.urls import path
+
+from django_eventsource import watch as module
+from django_eventsource.control import CLOSE, ControlEvent, aclose_streams
+from django_eventsource.events import JSONIdEvent
+from django_eventsource.grants import make_grant
+from django_eventsource.history import get_history
+from django_eventsource.history.memory import MemoryHistory
+from django_eventsource.listeners import Listener, registry
+from django_eventsource.policies import AllowAny
+from django_eventsource.publishing import apublish, publish_event
+from django_eventsource.streams import EventStream, Reason
+from django_eventsource.tokens import CONTROL_TOKEN
+from django_eventsource.views import EventSourceView
+from django_eventsource.watch import Watch, get_watch
+from tests.histories import add
+from tests.listeners import Connection
+from tests.processes import serve
+
+SECONDS = 4
+
+in_memory = pytest.mark.usefixtures("memory_history", "quick")
+real_commits = pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
+
+
+class Moody(AllowAny):
+    """A policy that changes its mind, raises and hangs when told; by token."""
+
+    asked: list[str] = []
+    answers: dict[str, Callable[[], Any]] = {}
+
+    async def can_listen(self, request: HttpRequest, token: str) -> bool:
+        self.asked.append(token)
+        answer = self.answers.get(token)
+        if answer is None:
+            return True
+        found = answer()
+        return bool(await found) if asyncio.iscoroutine(found) else bool(found)
+
+
+class LogsOut(EventSourceView):
+    """Its streams are to end before they have begun."""
+
+    async def initial_state(self, request: HttpRequest, token: str) -> Any:
+        await aclose_streams(token=token)
+        await asyncio.sleep(0.2)  # every process has heard it
+        return ()
+
+
+urlpatterns = [
+    path("late/<action>/<token>", LogsOut.as_view()),
+    path("events/<action>/<token>", EventSourceView.as_view()),
+]
+
+
+@pytest.fixture
+def quick(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look often, and begin with nobody listening."""
+    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(Moody, "asked", [])
+    monkeypatch.setattr(Moody, "answers", {})
+    settings.ROOT_URLCONF = __name__
+    settings.EVENTSOURCE_POLICY = f"{__name__}.Moody"
+    settings.EVENTSOURCE_POLL_SECONDS = 0.02
+    settings.EVENTSOURCE_PRESENCE_SECONDS = 0.1
+
+
+async def open_stream(token: str = "t", path: str = "events") -> EventStream:
+    """Open a stream and read its first bytes."""
+    response = await AsyncClient().get(f"/{path}/poll/{token}")
+    stream = response._stream  # type: ignore[attr-defined]
+    await anext(stream)
+    return stream
+
+
+async def read_to_end(stream: EventStream) -> bytes:
+    async with asyncio.timeout(SECONDS):
+        return b"".join([chunk async for chunk in stream])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def heard() -> None:
+    """Wait until the watch hears the control token."""
+    watch = get_watch()
+    await until(
+        lambda: (feed := watch.hub._feeds.get(CONTROL_TOKEN)) is not None and feed.last is not None
+    )
+
+
+# One per loop
+
+
+@in_memory
+async def test_one_watch_for_a_loop() -> None:
+    """All streams of a loop have the same one, under the name of one lease."""
+    watch = get_watch()
+    assert get_watch() is watch
+    assert len(watch.process) == 32
+
+
+@in_memory
+def test_the_watch_of_a_closed_loop_is_forgotten() -> None:
+    """Several loops in one process, one after the other: nothing is left of the first."""
+
+    async def start() -> Watch:
+        return get_watch()
+
+    first = asyncio.run(start())
+    assert first.hub.loop.is_closed()
+    second = asyncio.run(start())
+    assert first is not second
+    assert first not in module._watches.values()
+    assert first.process != second.process
+
+
+@in_memory
+def test_a_stream_that_outlives_its_loop() -> None:
+    """It is counted out when it is dropped, though nobody can be told."""
+
+    async def start() -> EventStream:
+        return await open_stream("outlives")
+
+    stream = asyncio.run(start())
+    assert registry.count("outlives") == 1
+    del stream
+    gc.collect()
+    assert registry.count("outlives") == 0
+
+
+# Age and stalled readers
+
+
+@in_memory
+async def test_a_stream_that_is_too_old(settings) -> None:
+    """It ends by itself; its listener comes back with its last event id."""
+    settings.EVENTSOURCE_STREAM_MAX_AGE_SECONDS = 0.1
+    stream = await open_stream()
+    began = time.monotonic()
+    await read_to_end(stream)
+    assert stream.reason is Reason.AGE
+    assert time.monotonic() - began >= 0.05
+    assert registry.count("t") == 0
+
+
+@in_memory
+async def test_a_stream_may_be_as_old_as_it_likes(settings) -> None:
+    """None sets no age, no stall, no recheck."""
+    settings.EVENTSOURCE_STREAM_MAX_AGE_SECONDS = None
+    settings.EVENTSOURCE_STREAM_STALL_SECONDS = None
+    settings.EVENTSOURCE_RECHECK_SECONDS = None
+    stream = await open_stream()
+    await asyncio.sleep(0.2)
+    assert stream.reason is None
+    assert Moody.asked == ["t"]
+    await stream.aclose()
+
+
+@in_memory
+async def test_a_reader_that_takes_nothing(settings) -> None:
+    """A stream whose bytes nobody takes is cut off; one that merely is quiet is not."""
+    settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.1
+    quiet = await open_stream("quiet")
+    reading = asyncio.ensure_future(anext(quiet))
+    stalled = await open_stream("stalled")
+    aborted = []
+    stalled.on_abort = lambda: aborted.append(1)
+    await until(lambda: stalled.reason)
+    assert stalled.reason is Reason.STALLED
+    assert aborted == [1]
+    assert quiet.reason is None
+    await apublish("quiet", "ping", "x")
+    assert b"data: x" in await reading
+    await quiet.aclose()
+
+
+# Rights that are lost
+
+
+@in_memory
+async def test_a_policy_that_changes_its_mind(settings) -> None:
+    """The stream ends at the next look, and only the one that is refused."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.1
+    lost, kept = await open_stream("lost"), await open_stream("kept")
+    Moody.answers["lost"] = lambda: False
+    await read_to_end(lost)
+    assert lost.reason is Reason.REFUSED
+    await until(lambda: Moody.asked.count("kept") >= 4)
+    assert kept.reason is None
+    await kept.aclose()
+
+
+@in_memory
+async def test_a_policy_that_raises(settings, caplog: pytest.LogCaptureFixture) -> None:
+    """The stream is kept: a database that is away throws nobody out. It is asked again."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
+    stream = await open_stream()
+    Moody.answers["t"] = lambda: 1 / 0
+    await until(lambda: Moody.asked.count("t") >= 3)
+    assert stream.reason is None
+    assert "could not be checked" in caplog.text
+    Moody.answers["t"] = lambda: False
+    await read_to_end(stream)
+    assert stream.reason is Reason.REFUSED
+
+
+@in_memory
+async def test_a_policy_that_hangs(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One policy that never answers does not keep the others from being looked after."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
+    hanging = await open_stream("hanging")
+    Moody.answers["hanging"] = lambda: asyncio.Event().wait()
+    await until(lambda: Moody.asked.count("hanging") == 2)
+    settings.EVENTSOURCE_STREAM_MAX_AGE_SECONDS = 0.1
+    other = await open_stream("other")
+    await until(lambda: other.reason)
+    assert other.reason is Reason.AGE
+    await hanging.aclose()
+    await other.aclose()
+
+
+@in_memory
+async def test_a_listener_without_a_recheck(settings) -> None:
+    """Who admits a listener by hand need not bring one."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
+    stream = EventStream("t", get_history().locate("t", None))
+    assert get_watch().admit(stream, Listener(tokens=("t",))) is None
+    await anext(stream)
+    await asyncio.sleep(0.2)
+    assert stream.reason is None
+    await stream.aclose()
+
+
+@in_memory
+async def test_many_rechecks_at_once(settings) -> None:
+    """A hundred streams that are due are asked about a few at a time."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.1
+    at_once = most = 0
+
+    async def slow() -> bool:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0.002)
+        at_once -= 1
+        return True
+
+    streams = [await open_stream("many") for _ in range(40)]
+    Moody.asked.clear()
+    Moody.answers["many"] = slow
+    await until(lambda: len(Moody.asked) >= 40)
+    assert 1 < most <= module.RECHECKS_AT_ONCE
+    for stream in streams:
+        await stream.aclose()
+
+
+@in_memory
+async def test_a_sweep_that_fails(
+    settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even a setting that is wrong ends nothing: it is logged and tried again."""
+    stream = await open_stream()
+    settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0
+    await until(lambda: "Looking after the streams failed" in caplog.text)
+    settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.05
+    await until(lambda: stream.reason)
+    assert stream.reason is Reason.STALLED
+
+
+@real_commits
+@in_memory
+async def test_a_database_connection_that_broke(settings) -> None:
+    """A database that was restarted is asked again by the next look."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
+    failed: list[bool] = []
+
+    def ask() -> bool:
+        try:
+            with connections["postgres"].cursor() as cursor:
+                cursor.execute("SELECT pg_backend_pid()")
+                failed.append(False)
+                return bool(cursor.fetchone())
+        except Exception:
+            failed.append(True)
+            raise
+
+    def cut() -> None:
+        with connections["postgres"].cursor() as cursor:
+            cursor.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        connections["postgres"].close()
+
+    stream = await open_stream()
+    Moody.answers["t"] = lambda: sync_to_async(ask)()
+    await until(lambda: failed)
+    await asyncio.to_thread(cut)
+    try:
+        await until(lambda: True in failed)
+        broken = len(failed)
+        async with asyncio.timeout(2):
+            while False not in failed[broken:]:
+                await asyncio.sleep(0.01)
+    finally:
+        await stream.aclose()
+        await sync_to_async(lambda: connections["postgres"].close())()
+
+
+def basic(name: str, password: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(f'{name}:{password}'.encode()).decode()}"}
+
+
+@real_commits
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["uvicorn", "daphne plain"])
+async def test_users_who_lose_their_right(kind: str) -> None:
+    """A permission, a session, a password, an account: the stream ends. A grant is good."""
+    may = await Permission.objects.aget(codename="listen_event")
+    users = {}
+    cookies = {}
+    for name in ("permission", "session", "password", "inactive", "kept"):
+        users[name] = await User.objects.acreate_user(name, password="secret")
+        await users[name].user_permissions.aadd(may)
+        client = AsyncClient()
+        await client.aforce_login(users[name])
+        cookies[name] = client
+    headers: dict[str, dict[str, str]] = {
+        name: {"Cookie": f"sessionid={cookies[name].cookies['sessionid'].value}"}
+        for name in ("permission", "session", "kept")
+    }
+    headers["password"] = basic("password", "secret")
+    headers["inactive"] = basic("inactive", "secret")
+    headers["basic"] = basic("kept", "secret")
+    headers["grant"] = {"Authorization": f"Bearer {make_grant('t', listen=True, seconds=1)}"}
+    with serve(kind, EVENTSOURCE_RECHECK_SECONDS=0.5, EVENTSOURCE_POLL_SECONDS=0.1) as server:
+        streams = {}
+        for name, fields in headers.items():
+            streams[name] = await Connection.open(server.address, "/events/poll/t", **fields)
+            assert streams[name].status == 200, name
+            await streams[name].read()
+        await users["permission"].user_permissions.aclear()
+        session = await cookies["session"].asession()
+        await session.adelete(session.session_key)
+        users["password"].set_password("new")
+        users["inactive"].is_active = False
+        for name in ("password", "inactive"):
+            await users[name].asave()
+        for name in ("permission", "session", "password", "inactive"):
+            assert await streams.pop(name).read() == b"", name
+        await asyncio.sleep(1.5)  # the grant has expired, and everybody was asked again
+        await apublish("t", "ping", "kept")
+        for name, stream in streams.items():
+            assert b"data: kept" in await stream.read(), name
+            stream.close()
+    assert server.log.read_text().count("Traceback") == 0
+
+
+# What other processes say
+
+
+@in_memory
+async def test_a_word_that_is_not_understood(caplog: pytest.LogCaptureFixture) -> None:
+    """What a newer version says, or nobody, is logged and passed over: the next is heard."""
+    stream = await open_stream()
+    await heard()
+    await sync_to_async(publish_event)(ControlEvent(CONTROL_TOKEN, CLOSE, {"unheard-of": "x"}))
+    await sync_to_async(publish_event)(
+        type("Other", (JSONIdEvent,), {"ACTIONS": ["other"]})(CONTROL_TOKEN, "other", 1)
+    )
+    await aclose_streams(token="t")
+    await read_to_end(stream)
+    assert stream.reason is Reason.CLOSED
+    assert caplog.text.count("cannot be heard") <= 1
+
+
+@in_memory
+async def test_a_history_that_fails_at_first(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What other processes say is heard once the history can be read."""
+    alocate = MemoryHistory.alocate
+    failures = 2
+
+    async def fail(self: MemoryHistory, token: str, cursor: str | None) -> Any:
+        nonlocal failures
+        if token == CONTROL_TOKEN and failures:
+            failures -= 1
+            raise ConnectionError("away")
+        return await alocate(self, token, cursor)
+
+    monkeypatch.setattr(MemoryHistory, "alocate", fail)
+    stream = await open_stream()
+    await heard()
+    assert caplog.text.count("cannot be heard") == 2
+    await aclose_streams(token="t")
+    await read_to_end(stream)
+    assert stream.reason is Reason.CLOSED
+
+
+@in_memory
+async def test_a_stream_of_the_watch_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should its stream end, it goes on from where it was: nothing is missed."""
+    streams = []
+
+    class Seen(EventStream):
+        __slots__ = ()
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            streams.append(self)
+
+    monkeypatch.setattr(module, "EventStream", Seen)
+    stream = await open_stream()
+    await heard()
+    streams[0].end(Reason.FAILED)
+    await read_to_end(streams[0])
+    await aclose_streams(token="t")
+    await read_to_end(stream)
+    assert stream.reason is Reason.CLOSED
+    assert len(streams) == 2
+
+
+@in_memory
+async def test_words_that_were_missed(settings) -> None:
+    """Who missed some cannot know which: everybody's rights are looked at."""
+    settings.EVENTSOURCE_HISTORY = {
+        "BACKEND": "django_eventsource.history.memory.MemoryHistory",
+        "OPTIONS": {"MAX_EVENTS": 1},
+    }
+    settings.EVENTSOURCE_RECHECK_SECONDS = None
+    lost, kept = await open_stream("lost"), await open_stream("kept")
+    await heard()
+    Moody.answers["lost"] = lambda: False
+    add(get_history(), "{}", "{}", "{}", token=CONTROL_TOKEN)
+    await read_to_end(lost)
+    assert lost.reason is Reason.REFUSED
+    await until(lambda: Moody.asked.count("kept") == 2)
+    assert kept.reason is None
+    await kept.aclose()
+
+
+@in_memory
+async def test_a_word_that_comes_while_a_stream_opens(settings) -> None:
+    """Rights that were checked before it came are checked again: nobody slips through."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 600
+    await open_stream("other")
+    await heard()
+    Moody.asked.clear()
+    stream = await open_stream("t", "late")
+    reading = asyncio.ensure_future(read_to_end(stream))
+    try:
+        async with asyncio.timeout(2):
+            while stream.reason is None and Moody.asked.count("t") < 2:
+                await asyncio.sleep(0.01)
+    finally:
+        await stream.aclose()
+        await reading
+
+
+# Who listens
+
+
+@in_memory
+async def test_a_lease_that_was_lost() -> None:
+    """Everything is told anew, also of tokens where nothing has changed."""
+    streams = [await open_stream("a"), await open_stream("b")]
+    history = get_history()
+    await until(lambda: history.present("a") and history.present("b"))
+    history.withdraw(get_watch().process)
+    assert history.present("a") == []
+    await until(lambda: history.present("a") and history.present("b"))
+    for stream in streams:
+        await stream.aclose()
+    await until(lambda: not history.present("a") and not history.present("b"))
+
+
+@in_memory
+async def test_a_list_that_cannot_be_written(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged, and what changed meanwhile is told when it can."""
+    history = get_history()
+    announce = history.announce
+
+    def fail(*args: Any) -> bool:
+        raise ConnectionError("away")
+
+    gone = await open_stream("gone")
+    await until(lambda: history.present("gone"))
+    monkeypatch.setattr(history, "announce", fail)
+    stream = await open_stream("new")
+    await gone.aclose()
+    await until(lambda: "list of listeners could not be written" in caplog.text)
+    monkeypatch.setattr(history, "announce", announce)
+    await until(lambda: history.present("new") and not history.present("gone"))
+    await stream.aclose()
+
+
+@in_memory
+async def test_a_process_without_listeners_needs_no_lease(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When the last one has left, that is told, and then nothing more."""
+    history = get_history()
+    stream = await open_stream("idle")
+    await until(lambda: history.present("idle"))
+    # Streams of other tests in this process that are still referenced belong to other loops.
+    await stream.aclose()
+    await until(lambda: not history.present("idle"))
+    calls = []
+    monkeypatch.setattr(history, "announce", lambda *args: calls.append(args) or True)
+    await asyncio.sleep(0.35)
+    assert calls == []
+
+
+@in_memory
+async def test_without_presence(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None: nothing is written or remembered, and only this process's listeners are known."""
+    settings.EVENTSOURCE_PRESENCE_SECONDS = None
+    calls = []
+    monkeypatch.setattr(get_history(), "announce", lambda *args: calls.append(args) or True)
+    watch = get_watch()
+    assert not await watch.is_listened("t")
+    stream = await open_stream("t")
+    assert await watch.is_listened("t")
+    await stream.aclose()
+    await asyncio.sleep(0.1)
+    assert not await watch.is_listened("t")
+    assert calls == []
+    assert not watch._changed, "tokens pile up for ever"
+
+
+@in_memory
+async def test_a_bad_setting_does_not_end_the_beating(
+    settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the system checks did not run, it is logged, and the list is written later."""
+    stream = await open_stream("t")
+    history = get_history()
+    await until(lambda: history.present("t"))
+    settings.EVENTSOURCE_PRESENCE_SECONDS = 0
+    await asyncio.sleep(0.3)
+    settings.EVENTSOURCE_PRESENCE_SECONDS = 0.1
+    async with asyncio.timeout(2):
+        while not history.present("t"):
+            await asyncio.sleep(0.01)
+    await stream.aclose()
+
+
+@in_memory
+async def test_a_bad_setting_leaves_nothing_counted(settings) -> None:
+    """A stream that could not be opened is not counted for ever."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0
+    client = AsyncClient(raise_request_exception=False)
+    assert (await client.get("/events/poll/uncounted")).status_code == 500
+    gc.collect()
+    assert registry.count("uncounted") == 0
+
+
+@in_memory
+async def test_who_has_just_left_is_not_listened_to(settings) -> None:
+    """Whoever asks gets today's answer of this process, not that of the last beat."""
+    settings.EVENTSOURCE_PRESENCE_SECONDS = 600
+    watch = get_watch()
+    history = get_history()
+    stream = await open_stream("t")
+    await watch.beat()
+    assert history.present("t")
+    await stream.aclose()
+    await until(lambda: "t" in watch._changed)
+    assert not await watch.is_listened("t")
+    # Another process's listeners count.
+    history.announce("another", {"t": ["7"]}, 60)
+    assert await watch.is_listened("t")
+
+
