@@ -19,6 +19,7 @@ help:
 	@echo "make demo    serve the demo site on http://127.0.0.1:$(PORT)/ (PORT=... for another port)"
 	@echo "make demo-cluster  the same on three server processes, ports 8001 to 8003"
 	@echo "make test    run every test, with coverage (ARGS=... for pytest)"
+	@echo "make test-faults  run the fault suite (SEED=... for another run, ARGS=--rst for a table)"
 	@echo "make lint    check style and format"
 	@echo "make types   check types"
 	@echo "make clean   remove all that was made, $(VENV) and the demo's database too"
@@ -36,6 +37,10 @@ demo-cluster: $(VENV)/installed-demo-cluster
 .PHONY: test
 test: $(VENV)/installed-test
 	@exec $(VENV)/bin/python -m pytest --cov --cov-report=term-missing $(ARGS)
+
+.PHONY: test-faults
+test-faults: $(VENV)/installed-test
+	@exec $(VENV)/bin/python -m pytest -q --no-cov tests/faults $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/installed-lint

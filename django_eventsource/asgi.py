@@ -13,11 +13,11 @@ itself, and are disconnected after ``EVENTSOURCE_STREAM_STALL_SECONDS``.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .backpressure import Producer, find_abort, hold_back
-from .conf import conf
+from .backpressure import Producer, cut, emptied, find_transport, hold_back
 from .streams import EventStream, Reason, Slot
 
 Message = MutableMapping[str, Any]
@@ -74,34 +74,33 @@ class Handover:
 async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
     """Send a stream as the body of a response whose headers are sent."""
     task = asyncio.current_task()
-    cut = False
+    was_cut = False
 
     def cut_off() -> None:
-        nonlocal cut
+        nonlocal was_cut
         if task is not None:
-            cut = task.cancel()
+            was_cut = task.cancel()
 
     stream.on_abort = cut_off
+    # It counts as open until its last byte is sent: who looks for streams still finds it.
+    release, stream.on_close = stream.on_close, None
     listening = asyncio.ensure_future(_until_gone(stream, receive))
     producer = hold_back(send)
-    abort = find_abort(send)
+    transport = find_transport(send)
     try:
-        known = producer is not None or abort is not None
-        await _send_all(stream, send, producer, None if known else PIECE_BYTES)
-        if producer is not None:
-            producer.release()
+        await _send_all(stream, send, producer, PIECE_BYTES if transport is None else None)
         if stream.reason is not Reason.LEFT:
-            async with asyncio.timeout(conf.stream_stall_seconds):
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-    except TimeoutError:
-        if abort is not None:
-            abort()
+            stream.sending_since = time.monotonic()
+            await emptied(transport)
+            if producer is not None:
+                producer.release()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
     except asyncio.CancelledError:
-        if not cut or task is None:
+        if not was_cut or task is None:
             raise  # the server ends it
         task.uncancel()
-        if abort is not None and stream.reason is not Reason.LEFT:
-            abort()
+        if stream.reason is not Reason.LEFT:
+            cut(transport)
             # The server must see it, or it complains of a response that is not whole.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -110,6 +109,8 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
         if producer is not None:
             producer.release()
         await stream.aclose()
+        if release is not None:
+            release(stream)
 
 
 async def _send_all(

@@ -7,8 +7,9 @@ is not known is left to what ASGI says: its ``send`` waits, and ends with the re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
+
+STEP_SECONDS = 0.02
 
 
 class Producer:
@@ -60,20 +61,35 @@ def hold_back(send: Any) -> Producer | None:
     return None if request is None else Producer(request)
 
 
-def find_abort(send: Any) -> Callable[[], None] | None:
-    """Give what cuts the connection behind a ``send``, dropping what is not yet sent.
+def find_transport(send: Any) -> Any:
+    """Give the transport behind a ``send``: Twisted's under Daphne, else asyncio's.
 
     ``None`` where the server is not known, or where the connection carries other requests.
     """
     request = daphne_request(send)
     if request is not None:
-        return getattr(getattr(request.channel, "transport", None), "abortConnection", None)
+        return getattr(request.channel, "transport", None)
     # uvicorn keeps the transport itself; hypercorn some objects further, each with a send.
     one = getattr(send, "__self__", None)
     for _ in range(4):
-        writer = getattr(one, "writer", one)
-        abort = getattr(getattr(writer, "transport", None), "abort", None)
-        if abort is not None:
-            return abort  # type: ignore[no-any-return]
+        if hasattr(one, "streams"):
+            return None  # HTTP/2
+        transport = getattr(getattr(one, "writer", one), "transport", None)
+        if hasattr(transport, "abort"):
+            return transport
         one = getattr(getattr(one, "send", None), "__self__", None)
     return None
+
+
+def cut(transport: Any) -> None:
+    """End a connection, dropping what is not yet sent."""
+    abort = getattr(transport, "abortConnection", None) or getattr(transport, "abort", None)
+    if abort is not None:
+        abort()
+
+
+async def emptied(transport: Any) -> None:
+    """Wait until the transport holds nothing: it says only that it does not want more."""
+    held = getattr(transport, "get_write_buffer_size", None)
+    while held is not None and held():  # noqa: ASYNC110
+        await asyncio.sleep(STEP_SECONDS)

@@ -66,10 +66,11 @@ def install(loop: asyncio.AbstractEventLoop) -> None:
 
 async def end_streams(loop: asyncio.AbstractEventLoop) -> None:
     """End the streams of a loop: after what is buffered, or else after the grace."""
-    for stream, _ in registry.streams(loop):
-        stream.end(Reason.SHUTDOWN, jittered_ms(*COME_BACK_MS))
     deadline = loop.time() + GRACE_SECONDS
-    while any(registry.streams(loop)) and loop.time() < deadline:  # noqa: ASYNC110
+    while any(registry.streams(loop)) and loop.time() < deadline:
+        for stream, _ in registry.streams(loop):
+            if stream.reason is None:
+                stream.end(Reason.SHUTDOWN, jittered_ms(*COME_BACK_MS))
         await asyncio.sleep(STEP_SECONDS)
     for stream, _ in registry.streams(loop):
         stream.abort(Reason.SHUTDOWN)

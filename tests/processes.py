@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from django.conf import settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +121,14 @@ class Server:
     def stop(self, how: signal.Signals = signal.SIGKILL) -> int:
         """End the process, at once unless told otherwise, and give its exit status."""
         assert self.process is not None
+        workers = []
+        if how == signal.SIGKILL:
+            # granian's workers outlive their supervisor when that is killed.
+            workers = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(how)
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
         return self.process.wait(DEADLINE)
 
     def close(self) -> None:

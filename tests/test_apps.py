@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 from django.apps import apps
+from django.contrib.auth.models import User
+from django.contrib.auth.signals import user_logged_out
 from django.core.checks import registry
 from django.core.management import call_command
 from django.db import connection
 
 from django_eventsource.apps import EventSourceConfig
-from django_eventsource.checks import check_processes, check_server, check_settings
+from django_eventsource.checks import (
+    check_handover,
+    check_processes,
+    check_server,
+    check_settings,
+)
+from django_eventsource.control import on_logout
 from django_eventsource.models import TokenHead
 
 
@@ -33,7 +41,15 @@ def test_keys_do_not_depend_on_the_project(settings):
 def test_checks_are_registered():
     """The system checks are registered under the app's tag when it is ready."""
     assert registry.registry.tag_exists("eventsource")
-    assert {check_settings, check_server, check_processes} <= registry.registry.registered_checks
+    registered = registry.registry.registered_checks
+    assert {check_settings, check_server, check_processes, check_handover} <= registered
+
+
+def test_a_logout_is_received_once():
+    """The receiver is connected when the app is ready, and once however often that is."""
+    apps.get_app_config("django_eventsource").ready()
+    receivers = user_logged_out._live_receivers(User)
+    assert sum(on_logout in found for found in receivers) == 1
 
 
 class NotHere:

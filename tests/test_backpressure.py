@@ -18,7 +18,13 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
-from django_eventsource.backpressure import Producer, daphne_request, find_abort
+from django_eventsource.backpressure import (
+    Producer,
+    cut,
+    daphne_request,
+    emptied,
+    find_transport,
+)
 from django_eventsource.frames import Decoder
 from django_eventsource.policies import AllowAny
 from django_eventsource.publishing import apublish
@@ -132,6 +138,8 @@ def hypercorn_send(protocol: Any, transport: Transport) -> Any:
     server.writer = Channel(transport)  # type: ignore[assignment]
     connection = protocol.__new__(protocol)
     connection.send = server.protocol_send
+    if protocol is H2Protocol:
+        connection.streams = {}
     stream = HTTPStream.__new__(HTTPStream)
     stream.send = connection.stream_send
     return stream.app_send
@@ -152,15 +160,13 @@ def test_the_connection_is_found(server: str) -> None:
         "uvicorn": uvicorn_send(transport),
         "hypercorn": hypercorn_send(H11Protocol, transport),
     }
-    abort = find_abort(sends[server])
-    assert abort is not None
-    abort()
+    cut(find_transport(sends[server]))
     assert transport.aborts == 1
 
 
 def test_a_connection_that_carries_other_requests_is_not_cut() -> None:
     """HTTP/2: one reader that stalls must not end the others' requests."""
-    assert find_abort(hypercorn_send(H2Protocol, Transport())) is None
+    assert find_transport(hypercorn_send(H2Protocol, Transport())) is None
 
 
 @pytest.mark.parametrize("channel", [None, Channel(None), object()])
@@ -168,7 +174,28 @@ def test_a_request_of_daphne_without_a_connection(channel: object) -> None:
     """It has gone, or is a stream within an HTTP/2 connection."""
     send = functools.partial(reply, Request(channel))
     assert (daphne_request(send) is None) == (channel is None)
-    assert find_abort(send) is None
+    assert find_transport(send) is None
+
+
+@pytest.mark.parametrize("transport", [None, object()])
+async def test_a_transport_that_cannot_be_asked(transport: object) -> None:
+    """Nothing is cut, and nobody waits for it."""
+    cut(transport)
+    await emptied(transport)
+
+
+async def test_a_transport_is_waited_for_until_it_is_empty() -> None:
+    """asyncio's transports say when they hold too much, not when they hold nothing."""
+
+    class Transport:
+        held = [3, 2, 0]
+
+        def get_write_buffer_size(self) -> int:
+            return self.held.pop(0)
+
+    transport = Transport()
+    await emptied(transport)
+    assert transport.held == []
 
 
 async def unknown(message: object) -> None:
@@ -188,7 +215,7 @@ class Cyclic:
 def test_a_send_of_an_unknown_server(send: object) -> None:
     """Nothing is found, and nothing breaks."""
     assert daphne_request(send) is None
-    assert find_abort(send) is None
+    assert find_transport(send) is None
 
 
 # Real servers
@@ -305,6 +332,7 @@ real = pytest.mark.django_db(transaction=True, databases=["default", "postgres"]
 
 
 @real
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_a_listener_that_hangs_up_is_noticed_at_once(kind: str) -> None:
     """Also one that had stalled: nothing needs to be published for that."""
@@ -322,6 +350,7 @@ async def test_a_listener_that_hangs_up_is_noticed_at_once(kind: str) -> None:
 
 
 @real
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_a_reader_that_stalls_is_cut_off(kind: str) -> None:
     """After the time that is set, and nobody else: others get everything meanwhile."""
@@ -354,6 +383,7 @@ async def test_a_reader_that_stalls_is_cut_off(kind: str) -> None:
 
 
 @real
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "size"),
     [
@@ -374,6 +404,7 @@ async def test_a_reader_that_stalls_on_a_close_is_cut_off(kind: str, size: int) 
 
 
 @real
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_a_slow_reader_gets_everything(kind: str) -> None:
     """Whoever reads again before it is cut off has missed nothing, and gets nothing twice."""

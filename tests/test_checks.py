@@ -8,7 +8,14 @@ from django.core.checks import Error, Warning, run_checks  # noqa: A004
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 
-from django_eventsource.checks import check_processes, check_server, check_settings
+from django_eventsource.asgi import Handover
+from django_eventsource.checks import (
+    check_handover,
+    check_processes,
+    check_server,
+    check_settings,
+)
+from django_eventsource.conf import PROPERTIES
 from django_eventsource.events import StringEvent
 from django_eventsource.policies import AllowAny
 
@@ -38,6 +45,16 @@ BAD = {
     "GRANT_SECONDS": None,
     "MAX_EVENT_BYTES": 1.5,
     "STREAM_BUFFER_BYTES": None,
+    "STREAM_STALL_SECONDS": 0,
+    "STREAM_MAX_AGE_SECONDS": -1,
+    "STREAM_MAX_TOKENS": 0,
+    "RECHECK_SECONDS": "60",
+    "PRESENCE_SECONDS": 0,
+    "MAX_STREAMS": 0,
+    "MAX_STREAMS_PER_TOKEN": 1.5,
+    "MAX_STREAMS_PER_USER": "5",
+    "MAX_STREAMS_PER_ADDRESS": True,
+    "SEND_RATE": 10,
 }
 
 
@@ -46,6 +63,12 @@ def test_defaults_are_fine():
     assert check_settings() == []
     assert check_server() == []
     assert check_processes() == []
+    assert check_handover() == []
+
+
+def test_every_setting_has_a_bad_value_here():
+    """No setting is left out of these tests."""
+    assert [name.lower() for name in BAD] == PROPERTIES
 
 
 @pytest.mark.parametrize(
@@ -179,3 +202,45 @@ def test_a_missing_layer_package_is_told(settings):
     (message,) = check_settings()
     assert "CHANNEL_LAYERS['default'] cannot be used" in message.msg
     assert check_processes() == []
+
+
+@pytest.fixture
+def nothing_made(monkeypatch):
+    """Begin as a process does that has not loaded its ASGI application."""
+    monkeypatch.setattr(Handover, "made", 0)
+
+
+@pytest.mark.usefixtures("nothing_made")
+def test_application_without_the_wrapper_is_warned(settings):
+    """Streams that Django serves itself work, and cost more: that is a warning."""
+    settings.ASGI_APPLICATION = "tests.plain_asgi.application"
+    (message,) = check_handover()
+    assert isinstance(message, Warning)
+    assert message.id == "eventsource.W004"
+    assert "Handover(get_asgi_application())" in message.hint
+
+
+@pytest.mark.usefixtures("nothing_made")
+@pytest.mark.parametrize("value", [None, "", "nowhere.application", "tests.plain_asgi.nothing"])
+def test_application_that_cannot_be_loaded_is_reported_elsewhere(settings, value):
+    """Without an ASGI application there is nothing to say about it."""
+    settings.ASGI_APPLICATION = value
+    assert check_handover() == []
+
+
+@pytest.mark.usefixtures("nothing_made")
+def test_application_that_breaks_does_not_break_the_check(settings, monkeypatch):
+    """Whatever its module raises, `manage.py check` says the rest."""
+
+    def fail(path):
+        raise RuntimeError(path)
+
+    monkeypatch.setattr("django_eventsource.checks.import_string", fail)
+    assert check_handover() == []
+
+
+def test_wrapper_is_found_wherever_it_is(settings):
+    """An application that holds the wrapper inside of something else is not warned."""
+    settings.ASGI_APPLICATION = "testproject.asgi.application"
+    assert check_handover() == []
+    assert Handover.made >= 1

@@ -20,6 +20,14 @@ from django_eventsource.policies import AllowAny, DefaultPolicy
 HERE = __name__
 NUMBER = "must be a positive number or None, not "
 WHOLE = "must be a positive whole number, not "
+PAIR = "must be None or a pair of positive numbers, (events, seconds), not "
+
+SECONDS_OR_NONE = [
+    *("STREAM_STALL_SECONDS", "STREAM_MAX_AGE_SECONDS", "RECHECK_SECONDS", "PRESENCE_SECONDS")
+]
+LIMITS = [
+    *("MAX_STREAMS", "MAX_STREAMS_PER_TOKEN", "MAX_STREAMS_PER_USER", "MAX_STREAMS_PER_ADDRESS")
+]
 
 
 class WithTuple(StringEvent):
@@ -88,6 +96,16 @@ NAMES = "ACTIONS must be a list of action names, without slashes or line ends, n
         ("grant_seconds", 86_400.0),
         ("max_event_bytes", 1_048_576),
         ("stream_buffer_bytes", 262_144),
+        ("stream_stall_seconds", 30.0),
+        ("stream_max_age_seconds", 3600.0),
+        ("stream_max_tokens", 16),
+        ("recheck_seconds", 60.0),
+        ("presence_seconds", 5.0),
+        ("max_streams", None),
+        ("max_streams_per_token", None),
+        ("max_streams_per_user", None),
+        ("max_streams_per_address", None),
+        ("send_rate", None),
     ],
 )
 def test_default(name, value):
@@ -109,6 +127,16 @@ def test_every_setting_is_listed_in_order():
         "grant_seconds",
         "max_event_bytes",
         "stream_buffer_bytes",
+        "stream_stall_seconds",
+        "stream_max_age_seconds",
+        "stream_max_tokens",
+        "recheck_seconds",
+        "presence_seconds",
+        "max_streams",
+        "max_streams_per_token",
+        "max_streams_per_user",
+        "max_streams_per_address",
+        "send_rate",
     ]
 
 
@@ -131,6 +159,16 @@ def test_every_setting_is_listed_in_order():
         ("GRANT_SECONDS", 60, 60.0),
         ("MAX_EVENT_BYTES", 10, 10),
         ("STREAM_BUFFER_BYTES", 10, 10),
+        *(
+            (name, value, None if value is None else float(value))
+            for name in SECONDS_OR_NONE
+            for value in (1, 0.5, None)
+        ),
+        ("STREAM_MAX_TOKENS", 1, 1),
+        *((name, value, value) for name in LIMITS for value in (1, 5000, None)),
+        ("SEND_RATE", (10, 60), (10, 60.0)),
+        ("SEND_RATE", [1, 0.5], (1, 0.5)),
+        ("SEND_RATE", None, None),
     ],
     ids=str,
 )
@@ -196,6 +234,25 @@ def test_setting_is_read_live(settings, name, given, value):
         ("MAX_EVENT_BYTES", -1, f"{WHOLE}-1."),
         ("STREAM_BUFFER_BYTES", None, f"{WHOLE}None."),
         ("STREAM_BUFFER_BYTES", 1.0, f"{WHOLE}1.0."),
+        *(
+            (name, value, f"{NUMBER}{value!r}.")
+            for name in SECONDS_OR_NONE
+            for value in (0, -1, "1", True, float("inf"))
+        ),
+        *(("STREAM_MAX_TOKENS", value, f"{WHOLE}{value!r}.") for value in (None, 0, 1.5)),
+        *(
+            (name, value, f"must be a positive whole number or None, not {value!r}.")
+            for name in LIMITS
+            for value in (0, -1, 1.5, "5", True)
+        ),
+        *(
+            ("SEND_RATE", value, f"{PAIR}{value!r}.")
+            for value in (
+                *(0, 5, "10/m", "10", (), (1,), (1, 2, 3), (0, 1), (1, 0), (-1, 1), (1, -1)),
+                *((None, 1), (1, None), (1.5, 1), (True, 1), (1, True), ("1", 1), (1, "1")),
+                *((1, float("nan")), {"events": 1, "seconds": 1}),
+            )
+        ),
     ],
     ids=str,
 )

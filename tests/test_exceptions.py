@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from django_eventsource import exceptions
-from django_eventsource.exceptions import ClientError, EventSourceError, UnknownAction
+from django_eventsource.exceptions import ClientError, EventSourceError, RateLimited, UnknownAction
 
 CLASSES = [value for value in vars(exceptions).values() if isinstance(value, type)]
 
@@ -41,3 +41,11 @@ def test_client_error_carries_the_status(status):
     error = ClientError("No answer.", status)
     assert (str(error), error.status) == ("No answer.", status)
     assert ClientError("No answer.").status is None
+
+
+def test_rate_limited_says_when_to_come_back():
+    """The error has the seconds after which the next event is taken, as a sentence too."""
+    error = RateLimited(7)
+    assert error.retry_after == 7
+    assert str(error) == "Too many events; the next one is taken in 7 s."
+    assert not isinstance(error, ValueError)

@@ -161,3 +161,36 @@ def test_clock_is_the_wall_clock(monkeypatch):
     before = time.time()
     expires = read_grant(make_grant("token", listen=True, seconds=100)).expires
     assert before + 100 <= expires <= time.time() + 101
+
+
+@pytest.mark.parametrize("tokens", [["a"], ["a", "b"], ("a", "ünï😀"), ["a", "a"]], ids=ascii)
+def test_grant_for_several_tokens(tokens):
+    """A grant may hold a list of tokens, in their order."""
+    assert read_grant(make_grant(tokens, listen=True)).tokens == tuple(tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [([], "the list is empty"), (["a", ""], "token is empty"), (["a", "\0"], "holds NUL")],
+    ids=["none", "empty", "nul"],
+)
+def test_grant_for_several_of_which_one_is_bad(tokens, reason):
+    """One bad token is enough that no grant is made."""
+    with pytest.raises(ValueError, match=reason):
+        make_grant(tokens, listen=True)
+
+
+def test_grant_is_read_as_of_another_time(clock):
+    """A stream that began before the expiry keeps what its grant gave it."""
+    text = make_grant("token", listen=True, seconds=59.75)
+    clock(1000)
+    assert read_grant(text, NOW + 59.5).listen
+    for at in (NOW + 59.75, NOW + 2000, None):
+        with pytest.raises(InvalidGrant, match="expired"):
+            read_grant(text, at)
+
+
+def test_time_does_not_make_a_forged_grant_good():
+    """The signature counts at any time."""
+    with pytest.raises(InvalidGrant, match=INVALID):
+        read_grant(make_grant("token", listen=True)[:-1], 0.0)

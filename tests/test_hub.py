@@ -627,3 +627,95 @@ async def test_time_between_head_checks(
 def test_the_logger_is_the_packages() -> None:
     """Everything is logged below django_eventsource."""
     assert logging.getLogger("django_eventsource.hub") is module.logger
+
+
+# Waits that time out
+
+
+class RedisTimeoutError(Exception):
+    """Stands for redis-py's own, by its name: it is no TimeoutError of Python's."""
+
+
+RedisTimeoutError.__name__ = "TimeoutError"
+
+
+class TimesOut(FaultyLayer):
+    """A layer whose wait ends now and then, as redis-py's socket_timeout makes it."""
+
+    error: type[Exception] = TimeoutError
+    seconds = 0.01
+    times = 3
+
+    async def receive(self, channel: str) -> Any:
+        self._call("receive", channel)
+        if self.times:
+            self.times -= 1
+            if self.seconds:
+                await asyncio.sleep(self.seconds)
+            raise self.error("idle")
+        return await super().receive(channel)
+
+
+@pytest.mark.parametrize("error", [TimeoutError, RedisTimeoutError], ids=["python", "redis"])
+async def test_a_wait_that_timed_out_is_no_failure(
+    settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[Exception],
+) -> None:
+    """Nothing is logged, no group is joined anew, and the next message arrives."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_hub.TimesOut"}}
+    monkeypatch.setattr(TimesOut, "error", error)
+    hub = get_hub()
+    subscriber = await listen(hub)
+    layer = layer_of(hub)
+    await until(lambda: not layer.times)  # type: ignore[attr-defined]
+    hub.deliver(group_name("t"), message("t", None, "live"))
+    assert await receive(subscriber, 1) == ["live"]
+    assert caplog.text == ""
+    assert len([call for call in layer.calls if call[0] == "group_add"]) == 1
+
+
+async def test_time_outs_that_come_at_once(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that times out without waiting must not keep the loop busy with asking."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_hub.TimesOut"}}
+    monkeypatch.setattr(TimesOut, "seconds", 0)
+    monkeypatch.setattr(TimesOut, "times", 5_000)
+    hub = get_hub()
+    await until(lambda: layer_of(hub).calls)
+    await asyncio.sleep(0.05)
+    assert len(layer_of(hub).calls) < 1_000
+
+
+async def test_a_broker_that_is_away_for_long(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told at once, then only where the waits no longer become longer."""
+    monkeypatch.setattr(module, "BACK_OFF_SECONDS", (0.01,) * 10)
+    await listen(hub)
+    layer = layer_of(hub)
+    layer.fail["receive"] = 12
+    await layer.send(hub._membership.channel, message("t", None))
+    await until(lambda: layer.fail["receive"] == 0)
+    told = [one for one in caplog.records if one.levelno == logging.ERROR]
+    assert len(told) == 3  # the first, the eleventh, the twelfth
+
+
+async def test_a_probe_is_no_foreign_message(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    """What the hub sends itself is skipped without a word."""
+    subscriber = await listen(hub)
+    await layer_of(hub).send(hub._membership.channel, {"type": membership.PROBE_TYPE})
+    hub.deliver(group_name("t"), message("t", None, "live"))
+    assert await receive(subscriber, 1) == ["live"]
+    assert caplog.text == ""
+
+
+async def test_a_hub_whose_loop_closes_while_it_delivers() -> None:
+    """A publisher's thread that comes a moment too late is not told."""
+
+    async def start() -> Hub:
+        return get_hub()
+
+    hub = await asyncio.to_thread(asyncio.run, start())
+    hub.deliver(group_name("t"), message("t", None))
+    assert hub not in hubs()

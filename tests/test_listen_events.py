@@ -167,7 +167,9 @@ def test_the_request_is_signed() -> None:
 
 def test_several_tokens_on_one_stream() -> None:
     """One request and one grant for all; it ends when each of them is closed."""
-    closes = b"event: close\ndata: a\n\nevent: ping\ndata: x\n\n" + b"event: close\ndata: b\n\n" * 2
+    closes = (
+        b"event: close\ndata: a\n\nevent: ping\ndata: x\n\n" + b"event: close\ndata: b\n\n" * 2
+    )
     with Server(stream(closes)) as server:
         result = Run("42", "a b", "43", "-P", str(server.port))
     assert result.error is None

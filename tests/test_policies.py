@@ -6,13 +6,14 @@ import base64
 
 import pytest
 from django.contrib.auth.models import AnonymousUser, Permission, User
+from django.core.cache import cache
 from django.core.exceptions import PermissionDenied
 from django.test import AsyncClient, AsyncRequestFactory
 
-from django_eventsource import grants
-from django_eventsource.exceptions import NotAuthenticated
+from django_eventsource import grants, policies
+from django_eventsource.exceptions import NotAuthenticated, RateLimited
 from django_eventsource.grants import make_grant
-from django_eventsource.policies import AllowAny, DefaultPolicy
+from django_eventsource.policies import OPENED, AllowAny, DefaultPolicy, check_rate, identify
 
 LISTEN_URL = "/events/poll/token"
 SEND_URL = "/events/ping/token"
@@ -395,3 +396,183 @@ async def test_without_authentication_middleware(client, settings):
     assert [await head(client), await post(client)] == [401, 401]
     settings.EVENTSOURCE_POLICY = f"{__name__}.Refuses"
     assert await head(client) == 401
+
+
+# Who it is
+
+
+async def test_identity_of_nobody():
+    """A grant alone, or nothing, is nobody: empty text."""
+    grant = make_grant("token", listen=True)
+    assert await identify(request(Authorization=f"Bearer {grant}")) == ""
+    assert await identify(request()) == ""
+    assert await identify(request(user=AnonymousUser())) == ""
+
+
+@with_users
+async def test_identity_of_a_user():
+    """A session's user and one of HTTP Basic are their primary key, as text."""
+    user = await make_user("listen_event")
+    assert await identify(request(user=user)) == str(user.pk)
+    made = request(Authorization=basic("user:päss:word"))
+    assert await identify(made) == ""  # nobody has checked the password
+    assert await ask("listen", made)
+    assert await identify(made) == str(user.pk)
+
+
+# How much
+
+
+@pytest.fixture
+def rate(settings, monkeypatch):
+    """Two events in ten seconds, with the clock stopped; rate(seconds) moves it."""
+    settings.EVENTSOURCE_SEND_RATE = (2, 10)
+    cache.clear()
+    now = 1_800_000_003.5
+
+    def move(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(policies.time, "time", lambda: now)
+    yield move
+    cache.clear()
+
+
+async def test_no_rate_unless_set(client, settings):
+    """Without the setting nobody is counted, and the cache is not asked."""
+    settings.CACHES = {"default": {"BACKEND": "nowhere.Cache"}}
+    settings.EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
+    assert [await post(client) for _ in range(20)] == [200] * 20
+
+
+@pytest.mark.parametrize("policy", ["AllowAny", "DefaultPolicy"])
+async def test_too_many_posts(client, settings, rate, policy):
+    """The third one is 429, with the seconds after which the next is taken; listening goes on."""
+    settings.EVENTSOURCE_POLICY = f"django_eventsource.policies.{policy}"
+    grant = make_grant("token", listen=True, send=True, seconds=10**9)
+    headers = {"Authorization": f"Bearer {grant}"}
+    assert [await post(client, **headers) for _ in range(3)] == [200, 200, 429]
+    response = await client.post(SEND_URL, headers=headers)
+    assert response["Retry-After"] == "7"
+    assert response.content == b"Too many events; the next one is taken in 7 s.\n"
+    assert await head(client, **headers) == 200
+    rate(6.4)
+    assert await post(client, **headers) == 429
+    rate(0.1)
+    assert [await post(client, **headers) for _ in range(3)] == [200, 200, 429]
+
+
+async def test_refused_posts_are_not_counted(client, rate):
+    """Who may not send is told so, however often, and takes nobody's share."""
+    assert [await post(client) for _ in range(4)] == [401] * 4
+    grant = make_grant("token", send=True, seconds=10**9)
+    assert await post(client, Authorization=f"Bearer {grant}") == 200
+
+
+@with_users
+async def test_each_user_has_a_share(client, rate):
+    """Users are counted apart, wherever they come from; who is nobody by address."""
+    users = [User(pk=7), User(pk=8)]
+    for user in users:
+        for _ in range(2):
+            await check_rate(request(user=user))
+        with pytest.raises(RateLimited):
+            await check_rate(request(user=user))
+    for address in ("10.0.0.1", "10.0.0.2", ""):
+        made = request()
+        made.META["REMOTE_ADDR"] = address
+        for _ in range(2):
+            await check_rate(made)
+        with pytest.raises(RateLimited) as caught:
+            await check_rate(made)
+        assert caught.value.retry_after == 7
+
+
+async def test_user_whose_id_looks_like_an_address(rate):
+    """A user cannot use up an address's share, nor the other way round."""
+    made = request(user=User(pk=7))
+    for _ in range(2):
+        await check_rate(made)
+    nobody = request()
+    nobody.META["REMOTE_ADDR"] = "7"
+    await check_rate(nobody)
+
+
+async def test_cache_that_forgets(rate, monkeypatch):
+    """A count that the cache dropped between two commands refuses nobody."""
+
+    async def aincr(key):
+        raise ValueError(key)
+
+    monkeypatch.setattr(cache, "aincr", aincr)
+    for _ in range(5):
+        await check_rate(request())
+
+
+# Asked again, with the stream open
+
+
+def opened(made, ago=0.0):
+    """What the view does before it asks again."""
+    setattr(made, OPENED, grants.time.time() - ago)
+    return made
+
+
+async def test_grant_that_expired_while_the_stream_is_open(monkeypatch):
+    """It was checked when the stream began, and is good for the stream."""
+    grant = make_grant("token", listen=True, seconds=60)
+    now = grants.time.time()
+    monkeypatch.setattr(grants.time, "time", lambda: now + 1000)
+    made = request(Authorization=f"Bearer {grant}")
+    with pytest.raises(NotAuthenticated, match="expired"):
+        await ask("listen", made)
+    assert await ask("listen", opened(made, ago=1000))
+    with pytest.raises(NotAuthenticated, match="expired"):
+        await ask("listen", opened(made, ago=900))
+
+
+@with_users
+async def test_basic_user_is_not_authenticated_again(monkeypatch):
+    """The password is hashed once for a stream, not at every look."""
+    await make_user("listen_event")
+    made = request(Authorization=basic("user:päss:word"))
+    assert await ask("listen", made)
+
+    async def refuse(*args, **kwargs):
+        return None
+
+    monkeypatch.setattr(policies, "aauthenticate", refuse)
+    assert await ask("listen", opened(made))
+    with pytest.raises(NotAuthenticated, match="Wrong user name"):
+        await ask("listen", request(Authorization=basic("user:päss:word")))
+
+
+@with_users
+@pytest.mark.parametrize("change", ["password", "inactive", "gone", "permission"])
+async def test_basic_user_who_has_changed(change):
+    """A new password, no account, no permission: the next look refuses."""
+    user = await make_user("listen_event")
+    made = request(Authorization=basic("user:päss:word"))
+    assert await ask("listen", made)
+    assert await ask("listen", opened(made))
+    if change == "gone":
+        await user.adelete()
+    elif change == "permission":
+        await user.user_permissions.aclear()
+    else:
+        user.is_active = change != "inactive"
+        if change == "password":
+            user.set_password("new")
+        await user.asave()
+    with pytest.raises(PermissionDenied if change == "permission" else NotAuthenticated):
+        await ask("listen", opened(made))
+
+
+@with_users
+async def test_basic_user_whom_nobody_has_checked():
+    """A stream that began without asking this policy gives no right for nothing."""
+    await make_user("listen_event")
+    assert await ask("listen", opened(request(Authorization=basic("user:päss:word"))))
+    with pytest.raises(NotAuthenticated, match="Wrong user name"):
+        await ask("listen", opened(request(Authorization=basic("user:wrong"))))

@@ -21,6 +21,7 @@ from django_eventsource.history import get_history
 from django_eventsource.hub import get_hub
 from django_eventsource.layers import MESSAGE_TYPE
 from django_eventsource.models import PendingEvent, StoredEvent
+from django_eventsource.signals import event_published
 from django_eventsource.tokens import group_name
 from tests.histories import texts
 from tests.processes import run_python
@@ -455,3 +456,47 @@ def test_a_cancelled_publisher_keeps_its_commit(layer: SharedLayer) -> None:
         transaction.on_commit(lambda: done.append(1))
     assert done == [1]
     assert stored() == ["a"]
+
+
+# The signal
+
+
+@real_commits
+def test_an_event_that_failed_is_not_told_of(layer: SharedLayer, memory_history: Any) -> None:
+    """event_published tells of what is published: not of a live-only event that was lost."""
+    got: list[Any] = []
+
+    def receive(event: Event, **kwargs: Any) -> None:
+        got.append(event)
+
+    event_published.connect(receive)
+    layer.error = ConnectionError("down")
+    try:
+        with pytest.raises(DeliveryFailed):
+            publish("t", "ping", "a", StringEvent)
+        assert got == []
+        publish("t", "ping", "b")  # a durable one is stored all the same
+        assert [event.value for event in got] == [["b"]]
+    finally:
+        event_published.disconnect(receive)
+
+
+def test_a_coroutine_receiver_in_a_notebook(
+    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where publish() runs on a loop's thread, what receivers do is not the publisher's."""
+    monkeypatch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "true")
+    got: list[Event] = []
+
+    async def receive(event: Event, **kwargs: Any) -> None:
+        got.append(event)
+
+    async def main() -> Event:
+        return publish("t", "ping", "a")
+
+    event_published.connect(receive)
+    try:
+        event = asyncio.run(main())
+    finally:
+        event_published.disconnect(receive)
+    assert got == [event]

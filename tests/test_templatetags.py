@@ -84,3 +84,45 @@ async def test_url_opens_what_it_is_for(memory_history, token):
     url = render("token 'ping'", token=token)
     assert (await client.post(url, data="42", content_type="text/plain")).status_code == 200
     assert (await client.head(url.replace("/ping/", "/poll/"))).status_code == 403
+
+
+def test_url_of_several_tokens():
+    """A list gives one stream's URL, with one grant to listen to all of them."""
+    url = render("tokens", tokens=TOKENS)
+    parts = urlsplit(url)
+    assert unquote(parts.path) == f"/events/poll/{TOKENS[0]}"
+    assert parse_qs(parts.query)["token"] == TOKENS[1:]
+    grant = grant_of(url)
+    assert (grant.tokens, grant.listen, grant.send) == (tuple(TOKENS), True, False)
+
+
+@pytest.mark.parametrize("tokens", [["42"], ("42",)])
+def test_list_of_one_token(tokens):
+    """It is the same as the token itself."""
+    url = render("tokens", tokens=tokens)
+    assert urlsplit(url).path == "/events/poll/42"
+    assert "token=" not in urlsplit(url).query
+    assert grant_of(url).tokens == ("42",)
+    assert grant_of(render("tokens 'ping'", tokens=tokens)).send
+
+
+def test_no_event_is_sent_to_several_tokens():
+    """A list with an action is a mistake that the page's author sees."""
+    with pytest.raises(ValueError, match="sent to one token, not to 4"):
+        render("tokens 'ping'", tokens=TOKENS)
+    assert grant_of(render("tokens 'poll'", tokens=TOKENS)).listen
+
+
+@pytest.mark.parametrize("tokens", [[], ["", "b"], ["a", ""]], ids=["none", "first", "other"])
+def test_bad_token_in_a_list(tokens):
+    """An empty list is no token either."""
+    with pytest.raises(InvalidToken):
+        render("tokens", tokens=tokens)
+
+
+async def test_url_of_several_opens_one_stream(memory_history):
+    """The view takes it as it is; a token more is refused."""
+    client = AsyncClient()
+    url = render("tokens", tokens=["a", "b c"])
+    assert (await client.head(url)).status_code == 200
+    assert (await client.head(f"{url}&token=c")).status_code == 403

@@ -56,7 +56,6 @@ class Away(Listener):
         *,
         cuts: bool = False,
         roams: bool = True,
-        receive_bytes: int | None = None,
     ) -> None:
         super().__init__(addresses[0], f"/events/poll/{token}", enough=lambda _: False)
         self.token = token
@@ -64,7 +63,6 @@ class Away(Listener):
         self.addresses = addresses
         self.cuts = cuts
         self.roams = roams
-        self.receive_bytes = receive_bytes
         self.blocks: list[bytes] = []
         self.refusals: list[str] = []
         self.may_listen = asyncio.Event()
@@ -92,9 +90,6 @@ class Away(Listener):
                 return
             self.connection = connection
             self.connections += 1
-            if self.receive_bytes:
-                raw: socket.socket = connection.writer.get_extra_info("socket")
-                raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_bytes)
             await self._read(connection)
         finally:
             self.connection = None
@@ -133,6 +128,21 @@ class Away(Listener):
         """Hang up."""
         if self.connection is not None:
             self.connection.close()
+
+    def stall(self) -> None:
+        """Read nothing more, and let the kernel hold little."""
+        self.may_read.clear()
+        self._let_kernel_hold(4 * 1024)
+
+    def go_on(self) -> None:
+        """Read on."""
+        self._let_kernel_hold(256 * 1024)
+        self.may_read.set()
+
+    def _let_kernel_hold(self, size: int) -> None:
+        if self.connection is not None:
+            raw: socket.socket = self.connection.writer.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
     @property
     def place(self) -> int:
@@ -281,9 +291,9 @@ class Cluster:
         except TimeoutError:
             joined = sum(one.joined.is_set() for one in self.listeners)
             raise Failure(
-                f"{self.name}: not over in {self.seconds} s. {joined} of {len(self.listeners)} "
-                f"listeners joined, {self.published} events published, {len(self.failed)} failed.\n"
-                f"{self._logs()}"
+                f"{self.name}: not over in {self.seconds} s.\n{len(self.listeners)} listeners, "
+                f"{joined} of them joined; {self.published} events published, "
+                f"{len(self.failed)} failed.\n{self._logs()}"
             ) from None
         finally:
             await self._close()
@@ -307,7 +317,7 @@ class Cluster:
     async def listen(
         self, count: int = LISTENERS, tokens: list[str] | None = None, **options: Any
     ) -> list[Away]:
-        """Start listeners, spread over the tokens and the servers, and wait until they have joined."""
+        """Start listeners, spread over the tokens and the servers, and wait for them to join."""
         addresses = [server.address for server in self.servers]
         tokens = tokens or self.tokens
         new = [
@@ -334,6 +344,7 @@ class Cluster:
                 json.dumps({"seed": SEED, "tokens": self.tokens, **plan}),
                 env=environment(**self.settings),
                 cwd=ROOT,
+                stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,
             )
@@ -345,22 +356,24 @@ class Cluster:
         assert process.stdout is not None
         done = 0
         async for raw in process.stdout:
-            kind, token, *rest = raw.decode().split()
-            if kind == "ack":
-                self.acknowledged.setdefault(token, {})[int(rest[0])] = rest[1]
-            else:
-                {
-                    "committed": self.committed,
-                    "failed": self.failed,
-                    "rolledback": self.rolled_back,
-                }[kind].add(rest[0])
-            if kind in ("ack", "committed"):
-                done += 1
-                self.published += 1
+            done += self._note(raw)
         status = await process.wait()
-        if status not in (0, -signal.SIGKILL) or (status and plan.get("die_at") is None):
+        if status != (0 if plan.get("die_at") is None else -signal.SIGKILL):
             raise Failure(f"A publisher ended with {status}:\n{tail(self.stderr)}")
         return done
+
+    def _note(self, raw: bytes) -> int:
+        """Take a publisher's line; give the number of events that it tells of."""
+        kind, token, *rest = raw.decode().split()
+        if kind == "ack":
+            self.acknowledged.setdefault(token, {})[int(rest[0])] = rest[1]
+        elif kind == "committed":
+            self.committed.add(rest[0])
+        else:
+            {"failed": self.failed, "rolledback": self.rolled_back}[kind].add(rest[0])
+            return 0
+        self.published += 1
+        return 1
 
     async def publisher(self, name: str, count: int, *, deaths: int = 0, **plan: Any) -> None:
         """Publish from a process, and when that dies from new ones, until all is published."""
@@ -388,7 +401,7 @@ class Cluster:
 
     async def until(self, share: float, events: int = EVENTS) -> None:
         """Wait until a share of the events is published."""
-        while self.published < share * events:  # noqa: ASYNC110
+        while self.published < share * events:
             await asyncio.sleep(0.01)
 
     # The end
@@ -406,15 +419,17 @@ class Cluster:
             ``"all"``: everybody has to be; ``"some"``: those of ``of`` have to be.
         """
         tokens = [*self.tokens, *(extra_tokens or [])]
-        async with asyncio.TaskGroup() as group:
-            for n in range(PUBLISHERS):
-                if mine := tokens[n::PUBLISHERS]:
-                    group.create_task(self._publish(do="end", name=f"end{n}", tokens=mine))
+        process = await self._start(do="end", name="end", tokens=tokens)
+        assert process.stdout is not None
+        async for raw in process.stdout:
+            if raw == b"ended\n":
+                break
+            self._note(raw)
         ends = {token: max(self.acknowledged[token]) for token in tokens}
         late = ""
         try:
             async with asyncio.timeout(self.began + self.seconds - time.monotonic()):
-                while any(one.place < ends[one.token] for one in self.listeners):  # noqa: ASYNC110
+                while any(one.place < ends[one.token] for one in self.listeners):
                     self._see_tasks()
                     await asyncio.sleep(0.02)
         except TimeoutError:
@@ -423,21 +438,22 @@ class Cluster:
         else:
             await asyncio.sleep(QUIET_SECONDS)
         self._see_tasks()
-        self._report(await self._truths(tokens), ends, late, resets, of or [])
+        self._report(await self._truths(process, tokens), ends, late, resets, of or [])
 
     def _see_tasks(self) -> None:
         for task in self.tasks:
             if task.done():
                 task.result()
 
-    async def _truths(self, tokens: list[str]) -> dict[str, Truth]:
-        process = await self._start(do="dump", tokens=tokens)
-        assert process.stdout is not None
+    async def _truths(
+        self, process: asyncio.subprocess.Process, tokens: list[str]
+    ) -> dict[str, Truth]:
         kept: dict[str, dict[int, str]] = {token: {} for token in tokens}
-        async for raw in process.stdout:
-            token, seq, text = raw.decode().split()
+        out, _ = await process.communicate(b"\n")
+        for line in out.decode().splitlines():
+            _, token, seq, text = line.split()
             kept[token][int(seq)] = text
-        if await process.wait():
+        if process.returncode:
             raise Failure(f"The history could not be read:\n{tail(self.stderr)}")
         problems = []
         stored = {text for events in kept.values() for text in events.values()}
@@ -522,11 +538,8 @@ class Cluster:
         LINES.append(line)
 
     def _logs(self) -> str:
-        parts = []
-        for path in [*(server.log for server in self.servers), self.stderr]:
-            if path.exists():
-                parts.append(f"--- {path.name}\n{tail(path)}")
-        return "\n".join(parts)
+        paths = [*(server.log for server in self.servers), self.stderr]
+        return "\n".join(f"--- {path.name}\n{tail(path)}" for path in paths if path.exists())
 
 
 def _parse(block: bytes) -> Block:

@@ -3,6 +3,8 @@
 ``python -m tests.faults.publisher PLAN`` with a plan in JSON. It prints one line for each
 text, before it does anything else: ``ack token id text``, ``committed token text`` (its id
 is not known), ``failed token text``, ``rolledback token text``.
+At the end one process publishes the last events, prints ``ended``, waits for a line, and
+prints what the history holds.
 """
 
 from __future__ import annotations
@@ -175,7 +177,7 @@ def set_clock_back() -> None:
 
 
 def dump(tokens: list[str]) -> None:
-    """Print all that the history holds: ``token id text``."""
+    """Print all that the history holds: ``kept token id text``."""
     history = get_history()
     heads = history.heads(tokens)  # it gives what is pending its place, too
     for token in tokens:
@@ -184,7 +186,7 @@ def dump(tokens: list[str]) -> None:
             slice_ = history.read(token, place)
             assert slice_.complete
             for entry in slice_.entries:
-                say(token, entry.seq, entry.draft.data.decode())
+                say("kept", token, entry.seq, entry.draft.data.decode())
                 place = entry.seq
 
 
@@ -192,10 +194,11 @@ def main() -> None:
     plan = json.loads(sys.argv[1])
     if plan["do"] == "publish":
         Publisher(plan).run()
-    elif plan["do"] == "end":
-        Publisher(plan).end()
-    else:
-        dump(plan["tokens"])
+        return
+    asyncio.run(sync_to_async(Publisher(plan).end)())
+    say("ended")
+    sys.stdin.readline()
+    dump(plan["tokens"])
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_a_listener_that_got_nothing(blocks: list[Block]) -> None:
 
 def test_many_findings_are_cut_short() -> None:
     """The first ten are shown, and how many more there are."""
-    truth = Truth({seq: "x" for seq in range(11, 41)})
+    truth = Truth(dict.fromkeys(range(11, 41), "x"))
     text = describe("listener 1", "t", truth, check(truth, [Block("10")], 40))
     assert "missed 30" in text
     assert "and 20 more" in text

@@ -1,0 +1,479 @@
+"""The hub's membership in the channel layer: what it survives, and what it tells."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from channels.layers import BaseChannelLayer, get_channel_layer
+
+from django_eventsource import hub as hub_module
+from django_eventsource import membership as module
+from django_eventsource.events import StringEvent
+from django_eventsource.feeds import Feed
+from django_eventsource.history import get_history
+from django_eventsource.hub import Hub, get_hub
+from django_eventsource.layers import MESSAGE_TYPE
+from django_eventsource.membership import Membership
+from django_eventsource.publishing import apublish
+from django_eventsource.streams import EventStream
+from django_eventsource.tokens import group_name
+from tests.histories import add, draft
+from tests.valkey import ValkeyServer, valkey
+
+pytestmark = pytest.mark.usefixtures("memory_history")
+
+SECONDS = 10
+
+
+class Shared(BaseChannelLayer):
+    """A layer that stands for one that processes share; it fails, hangs and falls deaf."""
+
+    made: list[Shared] = []
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.queues: dict[str, asyncio.Queue[Any]] = {}
+        self.groups: dict[str, set[str]] = {}
+        self.calls: list[str] = []
+        self.failing: set[str] = set()
+        self.hang: asyncio.Event | None = None
+        self.deaf = False
+        Shared.made.append(self)
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.failing:
+            raise ConnectionError(f"{name} failed")
+
+    async def new_channel(self, prefix: str = "specific.") -> str:
+        name = f"{prefix}.{len(self.queues)}.{id(self)}"
+        self.queues[name] = asyncio.Queue()
+        return name
+
+    async def receive(self, channel: str) -> Any:
+        self._call("receive")
+        return await self.queues[channel].get()
+
+    async def send(self, channel: str, message: dict[str, Any]) -> None:
+        self._call("send")
+        if not self.deaf:
+            self.queues[channel].put_nowait(message)
+
+    async def group_add(self, group: str, channel: str) -> None:
+        self._call("group_add")
+        if self.hang is not None:
+            await self.hang.wait()
+        self.groups.setdefault(group, set()).add(channel)
+
+    async def group_discard(self, group: str, channel: str) -> None:
+        self._call("group_discard")
+        self.groups.get(group, set()).discard(channel)
+
+    async def group_send(self, group: str, message: dict[str, Any]) -> None:
+        self._call("group_send")
+        for channel in self.groups.get(group, ()):
+            await self.send(channel, message)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, settings) -> None:
+    monkeypatch.setattr(Shared, "made", [])
+    monkeypatch.setattr(hub_module, "BACK_OFF_SECONDS", (0.01,))
+    settings.EVENTSOURCE_POLL_SECONDS = 0.02
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_membership.Shared"}}
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def layer_of(hub: Hub) -> Shared:
+    assert isinstance(hub._membership.layer, Shared)
+    return hub._membership.layer
+
+
+class Reader:
+    """Reads a stream in a task, so that it can be looked at any time."""
+
+    def __init__(self, token: str = "t") -> None:
+        self.stream = EventStream(token, get_history().locate(token, None))
+        self.body = b""
+        self.task = asyncio.ensure_future(self._read())
+
+    async def _read(self) -> None:
+        async for chunk in self.stream:
+            self.body += chunk
+
+    async def live(self) -> Reader:
+        await until(lambda: self.stream._subscriber.subscriptions[0].live)
+        return self
+
+    async def close(self) -> None:
+        await self.stream.aclose()
+        await self.task
+
+
+def live_message(token: str, text: str) -> dict[str, Any]:
+    return {
+        "type": MESSAGE_TYPE,
+        "group": group_name(token),
+        "seq": None,
+        "finish": False,
+        "frame": draft(text).frame(),
+    }
+
+
+# Deafness
+
+
+async def test_a_layer_that_brings_nothing_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new one is taken, with all groups; nothing that is durable is lost meanwhile."""
+    monkeypatch.setattr(module, "DEAF_SECONDS", 0.2)
+    reader = await Reader().live()
+    hub = get_hub()
+    first = layer_of(hub)
+    first.deaf = True
+    add(get_history(), "while it is deaf")
+    await until(lambda: layer_of(hub) is not first)
+    await until(lambda: group_name("t") in layer_of(hub).groups)
+    assert "taking a new one" in caplog.text
+    await layer_of(hub).group_send(group_name("t"), live_message("t", "on the new one"))
+    await until(lambda: b"on the new one" in reader.body)
+    assert reader.body.count(b"while it is deaf") == 1
+    assert reader.stream.reason is None
+    await reader.close()
+
+
+async def test_probes_are_skipped_silently(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They keep a layer that hears, and show nowhere."""
+    caplog.set_level(logging.DEBUG, "django_eventsource")
+    monkeypatch.setattr(module, "DEAF_SECONDS", 0.2)
+    reader = await Reader().live()
+    hub = get_hub()
+    first = layer_of(hub)
+    opening = reader.body
+    await until(lambda: first.calls.count("send") >= 20)
+    await asyncio.sleep(0.3)
+    assert layer_of(hub) is first
+    assert reader.body == opening
+    assert "not ours" not in caplog.text
+    assert "new one" not in caplog.text
+    await reader.close()
+
+
+async def test_head_checks_that_are_rare(
+    settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """EVENTSOURCE_POLL_SECONDS longer than the deafness: a layer that hears is kept."""
+    monkeypatch.setattr(module, "DEAF_SECONDS", 0.05)
+    settings.EVENTSOURCE_POLL_SECONDS = 0.1
+    reader = await Reader().live()
+    hub = get_hub()
+    first = layer_of(hub)
+    await until(lambda: layer_of(hub).calls.count("send") >= 4 or layer_of(hub) is not first)
+    assert layer_of(hub) is first
+    assert "taking a new one" not in caplog.text
+    await reader.close()
+
+
+async def test_a_history_that_was_away_for_long(
+    settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A hub that could not ask its history for a while has not become deaf."""
+    monkeypatch.setattr(module, "DEAF_SECONDS", 0.1)
+    reader = await Reader().live()
+    hub = get_hub()
+    first = layer_of(hub)
+    history = get_history()
+    heads = history.heads
+    monkeypatch.setattr(history, "heads", lambda tokens: 1 / 0)
+    await asyncio.sleep(0.3)
+    monkeypatch.setattr(history, "heads", heads)
+    add(history, "after")
+    await until(lambda: b"after" in reader.body)
+    await asyncio.sleep(0.05)
+    assert layer_of(hub) is first
+    await reader.close()
+
+
+async def test_a_hub_without_tokens_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No probe is sent for nobody, and nothing is replaced."""
+    monkeypatch.setattr(module, "DEAF_SECONDS", 0.05)
+    hub = get_hub()
+    first = layer_of(hub)
+    await asyncio.sleep(0.2)
+    assert layer_of(hub) is first
+    assert "send" not in first.calls
+
+
+async def test_a_probe_that_cannot_be_sent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told once, and the stream lives on the history."""
+    reader = await Reader().live()
+    layer = layer_of(get_hub())
+    layer.failing.add("send")
+    before = layer.calls.count("send")
+    await until(lambda: layer.calls.count("send") >= before + 5)
+    assert caplog.text.count("send failed") == 1
+    add(get_history(), "a")
+    await until(lambda: b"data: a" in reader.body)
+    await reader.close()
+
+
+# Membership alone
+
+
+def make_feed(token: str = "t") -> Feed:
+    return Feed(token, group_name(token), lambda: None)
+
+
+@pytest.fixture
+async def membership() -> AsyncIterator[tuple[Membership, dict[str, Feed]]]:
+    """One without a hub."""
+    feeds: dict[str, Feed] = {}
+    tasks: list[asyncio.Task[None]] = []
+
+    def start(work: Any) -> asyncio.Task[None]:
+        tasks.append(asyncio.ensure_future(work))
+        return tasks[-1]
+
+    yield Membership(start, feeds), feeds
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_join_that_hangs_while_the_layer_is_replaced(
+    membership: tuple[Membership, dict[str, Feed]],
+) -> None:
+    """The group is joined on the new layer at once; the old one's answer means nothing."""
+    one, feeds = membership
+    feed = make_feed()
+    feeds[feed.group] = feed
+    old = one.layer
+    assert isinstance(old, Shared)
+    old.hang = asyncio.Event()
+    one.begin_join(feed)
+    await until(lambda: "group_add" in old.calls)
+    one.replace()
+    new = one.layer
+    assert isinstance(new, Shared)
+    old.hang.set()
+    for _ in range(20):
+        one.join_missing()
+        await asyncio.sleep(0)
+    assert feed.joined
+    assert feed.group in new.groups
+
+
+async def test_a_broker_that_is_down_is_told_once(
+    membership: tuple[Membership, dict[str, Feed]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not for each of many tokens; and again only after it has worked."""
+    one, feeds = membership
+    layer = one.layer
+    assert isinstance(layer, Shared)
+    layer.failing.add("group_add")
+    for n in range(20):
+        feed = make_feed(f"t{n}")
+        feeds[feed.group] = feed
+    for _ in range(3):
+        one.join_missing()
+        await asyncio.gather(*(feed.joining for feed in feeds.values() if feed.joining))
+    assert layer.calls.count("group_add") == 60
+    assert caplog.text.count("Could not join") == 1
+    layer.failing.clear()
+    one.join_missing()
+    await asyncio.gather(*(feed.joining for feed in feeds.values() if feed.joining))
+    assert all(feed.joined for feed in feeds.values())
+    one.forget()
+    layer.failing.add("group_add")
+    one.join_missing()
+    await asyncio.gather(*(feed.joining for feed in feeds.values() if feed.joining))
+    assert caplog.text.count("Could not join") == 2
+
+
+async def test_leaving_many_groups_of_a_broker_that_is_down(
+    membership: tuple[Membership, dict[str, Feed]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is told once, too."""
+    one, _ = membership
+    layer = one.layer
+    assert isinstance(layer, Shared)
+    layer.failing.add("group_discard")
+    for n in range(20):
+        await one.leave(group_name(f"t{n}"))
+    assert layer.calls.count("group_discard") == 20
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+async def test_a_group_that_is_wanted_again_is_not_left(
+    membership: tuple[Membership, dict[str, Feed]],
+) -> None:
+    """Somebody came while the last one was leaving."""
+    one, feeds = membership
+    layer = one.layer
+    assert isinstance(layer, Shared)
+    feed = make_feed()
+    feeds[feed.group] = feed
+    await one.leave(feed.group)
+    assert "group_discard" not in layer.calls
+    del feeds[feed.group]
+    await one.leave(feed.group)
+    assert "group_discard" in layer.calls
+
+
+# Real brokers
+
+CORE = "channels_redis.core.RedisChannelLayer"
+PUBSUB = "channels_redis.pubsub.RedisPubSubChannelLayer"
+
+
+def use(settings: Any, backend: str, **config: Any) -> None:
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": backend, "CONFIG": config}}
+
+
+async def close_layers(hub: Hub) -> None:
+    """Close the connections of this test's loop, as the end of a process would."""
+    for layer in (hub._membership.layer, get_channel_layer()):
+        close = getattr(layer, "close_pools", None) or layer.flush
+        await close()
+
+
+@pytest.fixture
+def broker() -> Any:
+    with valkey() as server:
+        yield server
+
+
+async def test_an_idle_connection_that_times_out(
+    settings, valkey_server: ValkeyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """redis-py's socket_timeout, shorter than the core layer's wait: no error, no loss."""
+    use(settings, CORE, hosts=[{"address": valkey_server.url, "socket_timeout": 0.2}])
+    settings.EVENTSOURCE_POLL_SECONDS = 600  # nothing but the layer brings anything
+    caplog.set_level(logging.DEBUG, "django_eventsource.hub")
+    reader = await Reader().live()
+    await until(lambda: "socket_timeout ended a wait" in caplog.text)
+    for n in range(6):
+        await apublish("t", "ping", f"event {n}")
+        await until(lambda n=n: f"event {n}".encode() in reader.body)
+        await asyncio.sleep(0.15)
+    await until(lambda: caplog.text.count("socket_timeout ended a wait") >= 3)
+    assert [one for one in caplog.records if one.levelno >= logging.WARNING] == []
+    assert [reader.body.count(b"event %d" % n) for n in range(6)] == [1] * 6
+    await reader.close()
+    await stop(get_hub())
+
+
+async def stop(hub: Hub) -> None:
+    """End the hub's tasks, then the layer's connections."""
+    tasks = list(hub._tasks)
+    for task in tasks:
+        task.cancel()
+    _, pending = await asyncio.wait(tasks, timeout=SECONDS)
+    assert not pending, "the hub's tasks cannot be ended"
+    async with asyncio.timeout(SECONDS):
+        await close_layers(hub)
+
+
+@pytest.mark.parametrize("backend", [CORE, PUBSUB], ids=["core", "pubsub"])
+async def test_a_broker_that_forgets(settings, broker: ValkeyServer, backend: str) -> None:
+    """Restarted without its data: events arrive, first by the history, then live again."""
+    use(settings, backend, hosts=[broker.url])
+    settings.EVENTSOURCE_POLL_SECONDS = 0.2
+    reader = await Reader().live()
+    await apublish("t", "ping", "before")
+    await until(lambda: b"before" in reader.body)
+    broker.restart(data=False)
+    await apublish("t", "ping", "durable")
+    await until(lambda: b"durable" in reader.body)
+    async with asyncio.timeout(SECONDS):
+        while b"live" not in reader.body:
+            with contextlib.suppress(Exception):
+                await apublish("t", "ping", "live", StringEvent)
+            await asyncio.sleep(0.1)
+    assert reader.body.count(b"durable") == 1
+    await reader.close()
+    await stop(get_hub())
+
+
+def subscribers(broker: ValkeyServer) -> int:
+    """How many connections are subscribed to something."""
+    with broker.client() as client:
+        return len(client.client_list(_type="pubsub"))
+
+
+async def test_a_pubsub_layer_that_fell_deaf(
+    settings, broker: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its receiver has died: a new layer takes over, and nothing of the old one is left."""
+    use(settings, PUBSUB, hosts=[broker.url])
+    settings.EVENTSOURCE_POLL_SECONDS = 0.1
+    monkeypatch.setattr(module, "DEAF_SECONDS", 1.0)
+    reader = await Reader().live()
+    hub = get_hub()
+    first = hub._membership.layer
+    first._get_layer()._shards[0]._receive_task.cancel()
+    await apublish("t", "ping", "meanwhile")
+    await until(lambda: hub._membership.layer is not first)
+    async with asyncio.timeout(SECONDS):
+        while b"live" not in reader.body:
+            await apublish("t", "ping", "live", StringEvent)
+            await asyncio.sleep(0.05)
+    assert reader.body.count(b"meanwhile") == 1
+    try:
+        async with asyncio.timeout(2):
+            while subscribers(broker) > 1:
+                await asyncio.sleep(0.05)
+    finally:
+        await reader.close()
+        await stop(hub)
+        await first.flush()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [CORE, PUBSUB], ids=["core", "pubsub"])
+async def test_a_real_broker_that_is_down(
+    settings,
+    broker: ValkeyServer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+) -> None:
+    """Many tokens, one line; events arrive by the history; and when it is back, live."""
+    # Only the first failure is told for as long as the waits become longer.
+    monkeypatch.setattr(hub_module, "BACK_OFF_SECONDS", [0.05] * 100)
+    use(settings, backend, hosts=[broker.url])
+    settings.EVENTSOURCE_POLL_SECONDS = 0.2
+    broker.kill()
+    readers = [await Reader(f"t{n}").live() for n in range(10)]
+    add(get_history(), "a", token="t3")
+    await until(lambda: b"data: a" in readers[3].body)
+    await asyncio.sleep(1)
+    told = [one for one in caplog.records if one.name == "django_eventsource.hub"]
+    told = [one for one in told if one.levelno >= logging.WARNING]
+    broker.start()
+    async with asyncio.timeout(SECONDS * 2):
+        while b"live" not in readers[7].body:
+            with contextlib.suppress(Exception):
+                await apublish("t7", "ping", "live", StringEvent)
+            await asyncio.sleep(0.1)
+    for reader in readers:
+        await reader.close()
+    await stop(get_hub())
+    lines = [one.getMessage() for one in told]
+    assert len(lines) == len(set(lines)), lines
+    assert lines
