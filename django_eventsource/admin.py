@@ -17,6 +17,9 @@ from .models import (
     TokenHead,
     TokenPresence,
 )
+from .tokens import CONTROL_TOKEN, token_key
+
+CONTROL_KEY = token_key(CONTROL_TOKEN)
 
 
 class ReadOnlyAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
@@ -44,8 +47,8 @@ class TokenHeadAdmin(ReadOnlyAdmin):
     search_fields = ["token"]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
-        """Leave out the row that keeps the floor."""
-        return super().get_queryset(request).exclude(key=FLOOR_KEY)
+        """Leave out what is the project's own: the floor, and what processes tell each other."""
+        return super().get_queryset(request).exclude(key__in=[FLOOR_KEY, CONTROL_KEY])
 
 
 @admin.register(StoredEvent)
@@ -58,6 +61,10 @@ class StoredEventAdmin(ReadOnlyAdmin):
     fields = ["head", "seq", "event_id", "action", "kind", "text", "size", "created"]
     readonly_fields = ["text"]
 
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        """Leave out what processes tell each other."""
+        return super().get_queryset(request).exclude(head__key=CONTROL_KEY)
+
 
 @admin.register(PendingEvent)
 class PendingEventAdmin(ReadOnlyAdmin):
@@ -66,6 +73,10 @@ class PendingEventAdmin(ReadOnlyAdmin):
     list_display = ["token", "action", "created"]
     fields = ["token", "event_id", "action", "kind", "text", "created"]
     readonly_fields = ["text"]
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        """Leave out what processes tell each other."""
+        return super().get_queryset(request).exclude(key=CONTROL_KEY)
 
 
 @admin.register(ProcessLease)

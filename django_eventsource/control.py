@@ -6,13 +6,17 @@ layer at once, and through the history whatever the layer loses.
 
 from __future__ import annotations
 
+import json
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from asgiref.sync import sync_to_async
+from django.db import transaction
 
 from .events import JSONIdEvent
+from .history import get_history
 from .listeners import Listener, hide_session
 from .publishing import publish_event
 from .tokens import CONTROL_TOKEN, check_token
@@ -36,6 +40,22 @@ class Selection:
     user: str | None = None
     session: str | None = None
 
+    @classmethod
+    def read(cls, data: str) -> Selection:
+        """Read what another process wrote.
+
+        :raises ValueError: when it is not understood.
+        """
+        names = json.loads(data)
+        if not isinstance(names, dict) or not names.keys() <= {"token", "user", "session"}:
+            raise ValueError("It names what is not known here.")
+        if not all(value is None or isinstance(value, str) for value in names.values()):
+            raise ValueError("It names something by what is no text.")
+        selection = cls(**names)
+        if selection == cls():
+            raise ValueError("It names nothing.")
+        return selection
+
     def matches(self, listener: Listener) -> bool:
         """Tell whether a listener's stream is meant."""
         return (
@@ -52,7 +72,8 @@ def close_streams(*, token: str | None = None, user: Any = None) -> None:
 
     :param token: end the streams of this token,
     :param user: and of this user: an instance, or its primary key.
-    :raises ValueError: when neither is given, or the token is none.
+    :raises ValueError: when neither is given, the token is none, or the user has no primary
+        key.
     """
     if token is None and user is None:
         raise ValueError("close_streams() needs to know which: give token=, user= or both.")
@@ -67,8 +88,14 @@ async def aclose_streams(*, token: str | None = None, user: Any = None) -> None:
 
 
 def user_id(user: Any) -> str:
-    """Give a user's id: the text of its primary key."""
-    return str(getattr(user, "pk", user))
+    """Give a user's id: the text of its primary key.
+
+    :raises ValueError: when it has none: an anonymous or unsaved user.
+    """
+    key = getattr(user, "pk", user)
+    if key is None or key == "":
+        raise ValueError(f"The user has no primary key: {user!r}.")
+    return str(key)
 
 
 def on_logout(sender: Any, request: Any, **kwargs: Any) -> None:
@@ -76,8 +103,12 @@ def on_logout(sender: Any, request: Any, **kwargs: Any) -> None:
     session_key = getattr(getattr(request, "session", None), "session_key", None)
     if session_key is None:
         return
+    using = get_history().using
     try:
-        _tell({"session": hide_session(session_key)})
+        # In a transaction of the caller's, a savepoint: its own work must not be lost.
+        inside = transaction.get_connection(using).in_atomic_block
+        with transaction.atomic(using) if inside else nullcontext():
+            _tell({"session": hide_session(session_key)})
     except Exception:
         # Who logs out must get out. The recheck ends the streams a little later.
         logger.exception("The streams of a session that was logged out go on until rechecked.")

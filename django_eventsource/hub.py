@@ -23,7 +23,7 @@ from .conf import conf
 from .feeds import Feed
 from .history import History, Slice, get_history
 from .layers import MESSAGE_TYPE, is_process_local
-from .membership import PROBE_TYPE, Membership
+from .membership import PROBE_TYPE, Membership, is_timeout
 from .subscribers import Subscriber, share_of
 from .tokens import group_name
 
@@ -37,6 +37,8 @@ REORDER_SECONDS = 0.02
 """How long a gap may be nothing but messages that overtook each other."""
 JOIN_SECONDS = 1.0
 """How long a new stream waits for its token's group before it reads the history."""
+IDLE_SECONDS = 0.05
+"""A time-out that comes sooner is a failure."""
 UNHEARD_CHECKS = 2
 """Head checks in a row that find what a shared layer did not bring, before joining again."""
 BACK_OFF_SECONDS = (0.5, 1, 2, 5, 10)
@@ -120,10 +122,12 @@ class Hub:
         failures = 0
         membership = self._membership
         while True:
+            began = time.monotonic()
             try:
                 message = await membership.layer.receive(await membership.get_channel())
             except Exception as error:
-                if is_idle_timeout(error):
+                # redis-py 8 ends a wait after 5 s by default.
+                if is_timeout(error) and time.monotonic() - began > IDLE_SECONDS:
                     logger.debug("The channel layer's socket_timeout ended a wait.")
                     continue
                 # Once, and then every ten seconds: a broker may be away for long.
@@ -174,9 +178,9 @@ class Hub:
                 await self._close_gaps()
                 now = time.monotonic()
                 if now >= check_at:
+                    self._check_layer()
                     await self._check_heads()
                     await self.history.arelease()
-                    self._check_layer()
                     check_at = time.monotonic() + self._poll_seconds()
                 if now >= prune_at:
                     self._begin_prune()
@@ -314,14 +318,6 @@ class Hub:
     async def _back_off(self, failures: int) -> None:
         seconds = BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)]
         await asyncio.sleep(seconds * random.uniform(0.5, 1))  # noqa: S311
-
-
-def is_idle_timeout(error: Exception) -> bool:
-    """Tell whether a receive only waited for longer than redis-py's ``socket_timeout``.
-
-    redis-py 8 has one of 5 s by default, and its own class for it.
-    """
-    return isinstance(error, TimeoutError) or type(error).__name__ == "TimeoutError"
 
 
 def _nobodys() -> contextvars.Context:

@@ -18,6 +18,7 @@ from django.utils.crypto import salted_hmac
 from .conf import conf
 from .streams import EventStream
 
+SESSION = "session"
 Recheck = Callable[[], Awaitable[bool]]
 OnClose = Callable[["Listener", EventStream], None]
 
@@ -68,7 +69,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._streams: WeakKeyDictionary[EventStream, Listener] = WeakKeyDictionary()
-        self._counts: Counter[tuple[Limit, str]] = Counter()
+        self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.RLock()  # reentrant: the garbage collector may end a stream
 
     def limit(self, listener: Listener) -> Limit | None:
@@ -91,11 +92,11 @@ class Registry:
             limit = self.limit(listener)
             if limit is not None:
                 return limit
+            now = time.monotonic()
+            listener.ends_at = now + _jittered(conf.stream_max_age_seconds)
+            listener.recheck_at = now + _jittered(conf.recheck_seconds)
             self._count(listener, 1)
             self._streams[stream] = listener
-        now = time.monotonic()
-        listener.ends_at = now + _jittered(conf.stream_max_age_seconds)
-        listener.recheck_at = now + _jittered(conf.recheck_seconds)
         stream.on_close = partial(self._release, listener, on_close)
         return None
 
@@ -106,7 +107,7 @@ class Registry:
         on_close(listener, stream)
 
     def _count(self, listener: Listener, step: int) -> None:
-        for key in _keys(listener):
+        for key in (*_keys(listener), (SESSION, listener.session)):
             self._counts[key] += step
             if not self._counts[key]:
                 del self._counts[key]
@@ -123,6 +124,13 @@ class Registry:
         """Give the number of streams of a token in this process."""
         with self._lock:
             return self._counts[Limit.TOKEN, token]
+
+    def has(self, user: str | None, session: str | None) -> bool:
+        """Tell whether there may be a stream of a user and a session, where they are named."""
+        with self._lock:
+            return (user is None or self._counts[Limit.USER, user] > 0) and (
+                session is None or self._counts[SESSION, session] > 0
+            )
 
 
 registry = Registry()

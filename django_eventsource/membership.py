@@ -9,6 +9,7 @@ nothing comes for long, it takes a new layer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -49,7 +50,8 @@ class Membership:
         self._order = asyncio.Lock()
         self._failing = False
         self._rejoin_at = time.monotonic() + REJOIN_SECONDS
-        self._heard_at = time.monotonic()
+        self._probed_at: float | None = None
+        """When the oldest message to itself was sent that nothing has followed."""
         self._probing: asyncio.Task[None] | None = None
 
     async def get_channel(self) -> str:
@@ -69,19 +71,20 @@ class Membership:
         return feed.joining
 
     async def _join(self, feed: Feed) -> None:
+        layer = self.layer
         try:
-            async with self._order, asyncio.timeout(LAYER_SECONDS):
-                await self.layer.group_add(feed.group, await self.get_channel())
+            async with asyncio.timeout(LAYER_SECONDS), self._order:
+                await layer.group_add(feed.group, await self.get_channel())
         except Exception as error:  # noqa: BLE001
             # The head check brings what the layer does not; the next one joins again.
             self._tell(error)
         else:
-            feed.joined = True
+            feed.joined = layer is self.layer
             self._failing = False
 
-    def _tell(self, error: Exception) -> None:
+    def _tell(self, error: Exception, what: str = "join") -> None:
         if not self._failing:  # once, and not for each of many groups
-            logger.error("Could not join a channel-layer group; trying again.", exc_info=error)
+            logger.error("Could not %s a channel-layer group; trying again.", what, exc_info=error)
         self._failing = True
 
     def join_missing(self) -> None:
@@ -99,18 +102,18 @@ class Membership:
     async def leave(self, group: str) -> None:
         """Leave a group, unless somebody listens again."""
         try:
-            async with self._order, asyncio.timeout(LAYER_SECONDS):
+            async with asyncio.timeout(LAYER_SECONDS), self._order:
                 if group not in self._feeds:
                     await self.layer.group_discard(group, await self.get_channel())
-        except Exception:
+        except Exception as error:  # noqa: BLE001
             # Messages for a group without listeners are skipped.
-            logger.warning("Could not leave a channel-layer group.", exc_info=True)
+            self._tell(error, "leave")
 
     # Hearing
 
     def hear(self) -> None:
         """Take note that the layer brought something."""
-        self._heard_at = time.monotonic()
+        self._probed_at = None
 
     def check(self, *, shared: bool) -> bool:
         """Keep the membership alive; ``True`` when the layer is deaf and to be replaced."""
@@ -121,24 +124,54 @@ class Membership:
             return False
         if self._probing is None or self._probing.done():
             self._probing = self._start(self._probe())
-        return time.monotonic() - self._heard_at > DEAF_SECONDS
+        return self._probed_at is not None and time.monotonic() - self._probed_at > DEAF_SECONDS
 
     async def _probe(self) -> None:
         """Send the hub a message: whatever comes shows that it hears."""
+        began = time.monotonic()
+        first = self._probed_at is None
+        if first:
+            self._probed_at = began
         try:
             async with asyncio.timeout(LAYER_SECONDS):
                 await self.layer.send(await self.get_channel(), {"type": PROBE_TYPE})
         except Exception as error:  # noqa: BLE001
             self._tell(error)
+            if first and self._probed_at == began and not is_timeout(error):
+                # A broker that cannot be reached says nothing about our hearing.
+                self._probed_at = None
 
     def replace(self) -> None:
         """Take a new layer, with a new channel, in no group yet."""
         logger.warning(
             "The channel layer has brought nothing for %.0f s; taking a new one.", DEAF_SECONDS
         )
+        self._start(let_go(self.layer))
         self.layer = make_hub_layer()
         self.channel = None
         self._naming = asyncio.Lock()
         self._order = asyncio.Lock()
         self.hear()
         self.forget()
+        for feed in self._feeds.values():
+            feed.joining = None
+
+
+async def let_go(layer: Any) -> None:
+    """Close the connections of a layer that is not used any more.
+
+    The pub/sub layer of channels_redis does that in ``flush()``; the same name of the core
+    layer empties the broker.
+    """
+    close = getattr(layer, "close_pools", None)
+    if type(layer).__name__ == "RedisPubSubChannelLayer":
+        close = layer.flush
+    if close is not None:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(LAYER_SECONDS):
+                await close()
+
+
+def is_timeout(error: Exception) -> bool:
+    """Tell whether something took too long. redis-py has a class of its own for that."""
+    return isinstance(error, TimeoutError) or type(error).__name__ == "TimeoutError"

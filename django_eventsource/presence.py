@@ -9,6 +9,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from .conf import conf
 from .history import get_history
+from .listeners import registry
 from .tokens import check_token
 
 
@@ -39,6 +40,13 @@ def listeners(token: str) -> Listeners:
         )
     users = get_history().present(token)
     return Listeners(count=len(users), users=tuple(sorted(set(users) - {""})))
+
+
+async def is_listened(token: str) -> bool:
+    """Tell whether anybody listens to a token: in this process, or as far as is known."""
+    if registry.count(token):
+        return True
+    return conf.presence_seconds is not None and bool(await get_history().apresent(token))
 
 
 async def alisteners(token: str) -> Listeners:

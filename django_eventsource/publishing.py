@@ -21,7 +21,7 @@ from .history import Draft, Entry, get_history
 from .hub import hubs
 from .layers import MESSAGE_TYPE, get_layer, is_process_local
 from .signals import event_published
-from .tokens import check_token, group_name
+from .tokens import CONTROL_TOKEN, check_token, group_name
 
 logger = logging.getLogger("django_eventsource.publishing")
 
@@ -108,7 +108,9 @@ def _send_and_tell(event: Event, send: Callable[[], None]) -> None:
 
 def _tell(event: Event) -> None:
     """Send the signal. Its receivers are not the publisher's: what they raise is logged."""
-    event_published.send_robust(type(event), event=event)
+    if event.token == CONTROL_TOKEN:
+        return
+    _off_the_loop(partial(event_published.send_robust, type(event), event=event))
 
 
 def _publish_live(event: Event, draft: Draft) -> None:
@@ -178,12 +180,16 @@ def _send(token: str, seq: int | None, frame: bytes, finish: bool) -> None:
         for hub in hubs():
             hub.deliver(group, message)
         return
-    send = partial(async_to_sync(_group_send), layer, group, message)
+    _off_the_loop(partial(async_to_sync(_group_send), layer, group, message))
+
+
+def _off_the_loop(work: Callable[[], object]) -> None:
+    """Do what needs that no event loop runs in the thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        send()
+        work()
     else:
-        # DJANGO_ALLOW_ASYNC_UNSAFE, as in a notebook: block here, send elsewhere.
+        # DJANGO_ALLOW_ASYNC_UNSAFE, as in a notebook: block here, work elsewhere.
         with ThreadPoolExecutor(max_workers=1) as executor:
-            executor.submit(send).result()
+            executor.submit(work).result()

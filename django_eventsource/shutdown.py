@@ -22,6 +22,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 0.5
 """How long streams may take to write their last bytes."""
 STEP_SECONDS = 0.01
+RESUME_SECONDS = 30.0
+"""After how long streams are opened again, where the process has not ended after all."""
 
 
 class Shutdown:
@@ -47,6 +49,10 @@ class Shutdown:
         self._tasks.add(task)  # the loop itself holds tasks only weakly
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda task: then())
+        loop.call_later(RESUME_SECONDS, self._resume)
+
+    def _resume(self) -> None:
+        self.begun = False
 
 
 shutdown = Shutdown()
@@ -59,6 +65,8 @@ def install(loop: asyncio.AbstractEventLoop) -> None:
     shutdown.loop = loop
     for number in SIGNALS:
         previous = signal.getsignal(number)
+        if previous == signal.SIG_IGN:
+            continue
         ours = isinstance(previous, partial) and previous.func == shutdown.on_signal
         if not ours:
             signal.signal(number, partial(shutdown.on_signal, previous))

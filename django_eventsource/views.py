@@ -34,6 +34,7 @@ from .exceptions import (
 from .history import Draft, get_history
 from .listeners import Limit, Listener, registry
 from .policies import Policy, identify
+from .presence import is_listened
 from .publishing import apublish
 from .requests import address_of, keep_body, last_event_id, read_tokens, refresh, session_of
 from .shutdown import shutdown
@@ -215,7 +216,7 @@ class EventSourceView(View):
         """Say who is to listen."""
         listener = Listener(
             tokens=tuple(tokens),
-            user=await getattr(policy, "identify", identify)(request),
+            user=str(await getattr(policy, "identify", identify)(request)),
             address=address_of(request),
             session=session_of(request),
             exclusive=self.exclusive,
@@ -245,7 +246,7 @@ class EventSourceView(View):
     async def post(self, request: HttpRequest, action: str, token: str) -> HttpResponseBase:
         """Publish the body."""
         event_class = self.get_event_class()
-        if self.require_listener and not await get_watch().is_listened(token):
+        if self.require_listener and not await is_listened(token):
             return text_response(404, "Nobody listens to this token.")
         body = request.body
         try:

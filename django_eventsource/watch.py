@@ -8,10 +8,14 @@ processes which streams are to end.
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import logging
 import time
 import uuid
+from collections import deque
+
+from asgiref.sync import sync_to_async
+from django.db import close_old_connections
 
 from .conf import conf
 from .control import CLOSE, Selection
@@ -20,6 +24,7 @@ from .frames import Decoder
 from .history import get_history
 from .hub import Hub, get_hub
 from .listeners import Limit, Listener, registry
+from .presence import is_listened
 from .shutdown import install
 from .signals import stream_closed
 from .streams import COME_BACK_MS, EventStream, Reason, jittered_ms
@@ -31,6 +36,10 @@ SWEEP_SECONDS = 1.0
 LEASE_BEATS = 3
 """After how many missed beats a process's listeners are no longer counted."""
 RECHECKS_AT_ONCE = 10
+RECHECK_SECONDS = 30.0
+"""How long the policy may take to answer."""
+REMEMBER_SECONDS = 10.0
+"""How long a word to end streams also means those that were being opened when it came."""
 
 
 class Watch:
@@ -41,6 +50,8 @@ class Watch:
         self.process = uuid.uuid4().hex
         """What the lease of this loop's listeners is held under."""
         self._changed: set[str] = set()
+        self._rechecking: asyncio.Task[None] | None = None
+        self._words: deque[tuple[float, Selection]] = deque(maxlen=1000)
         self._beating = asyncio.Lock()
         self._beat_now = asyncio.Event()
         install(hub.loop)
@@ -54,13 +65,16 @@ class Watch:
         limit = registry.admit(stream, listener, self._on_close)
         if limit is None:
             self._note(listener)
+            since = time.monotonic() - REMEMBER_SECONDS
+            if any(at > since and word.matches(listener) for at, word in self._words):
+                # It came between the policy's answer and this moment.
+                listener.recheck_at = 0
         return limit
 
     def _on_close(self, listener: Listener, stream: EventStream) -> None:
         """Receive the end of a stream, in whatever thread."""
-        loop = self.hub.loop
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(self._closed, listener, stream.reason)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.hub.loop.call_soon_threadsafe(self._closed, listener, stream.reason)
 
     def _closed(self, listener: Listener, reason: Reason | None) -> None:
         self._note(listener)
@@ -95,21 +109,35 @@ class Watch:
                 stream.end(Reason.AGE)
             elif now > listener.recheck_at:
                 due.append((stream, listener))
-        limit = asyncio.Semaphore(RECHECKS_AT_ONCE)
-        await asyncio.gather(*(self._recheck(limit, *one) for one in due))
+        if due and (self._rechecking is None or self._rechecking.done()):
+            # In a task of its own: a policy that hangs holds up nothing else.
+            self._rechecking = self.hub.start(self._recheck_all(due))
+
+    async def _recheck_all(self, due: list[tuple[EventStream, Listener]]) -> None:
+        at_once = asyncio.Semaphore(RECHECKS_AT_ONCE)
+        failures = await asyncio.gather(*(self._recheck(at_once, *one) for one in due))
+        failed = [error for error in failures if error is not None]
+        if failed:
+            logger.error(
+                "The rights of %d listeners could not be checked; trying again.",
+                len(failed),
+                exc_info=failed[0],
+            )
+        # They run in no request, which would let go of a connection that is broken.
+        await sync_to_async(close_old_connections)()
 
     async def _recheck(
-        self, limit: asyncio.Semaphore, stream: EventStream, listener: Listener
-    ) -> None:
+        self, at_once: asyncio.Semaphore, stream: EventStream, listener: Listener
+    ) -> Exception | None:
         listener.recheck_at = time.monotonic() + (conf.recheck_seconds or float("inf"))
-        async with limit:
-            try:
+        try:
+            async with at_once, asyncio.timeout(RECHECK_SECONDS):
                 allowed = listener.recheck is None or await listener.recheck()
-            except Exception:
-                logger.exception("A listener's rights could not be checked; trying again.")
-                return
+        except Exception as error:  # noqa: BLE001
+            return error
         if not allowed:
             stream.end(Reason.REFUSED)
+        return None
 
     # Presence
 
@@ -120,20 +148,22 @@ class Watch:
 
     async def _beat_forever(self) -> None:
         while True:
-            seconds = conf.presence_seconds
-            timer = self.hub.loop.call_later(seconds or SWEEP_SECONDS, self._beat_now.set)
-            await self._beat_now.wait()
-            timer.cancel()
-            self._beat_now.clear()
+            seconds = SWEEP_SECONDS
             try:
+                seconds = conf.presence_seconds or SWEEP_SECONDS
                 await self.beat()
             except Exception:
                 logger.exception("The list of listeners could not be written; trying again.")
+            timer = self.hub.loop.call_later(seconds, self._beat_now.set)
+            await self._beat_now.wait()
+            timer.cancel()
+            self._beat_now.clear()
 
     async def beat(self) -> None:
         """Tell the history what has changed, and that this process lives."""
         seconds = conf.presence_seconds
         if seconds is None:
+            self._changed.clear()
             return
         async with self._beating:
             if not await self._announce(LEASE_BEATS * seconds):
@@ -162,14 +192,10 @@ class Watch:
         return lists
 
     async def is_listened(self, token: str) -> bool:
-        """Tell whether anybody in any process listens to a token."""
-        if registry.count(token):
-            return True
-        if conf.presence_seconds is None:
-            return False
-        if token in self._changed:
+        """Tell whether anybody in any process listens to a token, as of this moment here."""
+        if token in self._changed and not registry.count(token):
             await self.beat()
-        return bool(await get_history().apresent(token))
+        return await is_listened(token)
 
     # What other processes say
 
@@ -177,8 +203,7 @@ class Watch:
         cursor = None
         while True:
             try:
-                history = get_history()
-                position = await history.alocate(CONTROL_TOKEN, cursor)
+                position = await get_history().alocate(CONTROL_TOKEN, cursor)
                 stream = EventStream(CONTROL_TOKEN, position, asked=cursor)
                 decoder = Decoder()
                 async for chunk in stream:
@@ -187,18 +212,31 @@ class Watch:
                     cursor = decoder.last_event_id
             except Exception:
                 logger.exception("What other processes say cannot be heard; trying again.")
+                if cursor is None:
+                    self._recheck_everybody()
             await asyncio.sleep(SWEEP_SECONDS)
 
     def _hear(self, action: str, data: str) -> None:
-        if action == CLOSE:
-            selection = Selection(**json.loads(data))
+        if action == RESET:
+            self._recheck_everybody()  # something was missed
+        elif action == CLOSE:
+            try:
+                selection = Selection.read(data)
+            except ValueError:
+                # A newer version's, perhaps. A look at everybody's rights makes up for it.
+                logger.exception("A word of another process is not understood: %.200r", data)
+                self._recheck_everybody()
+                return
+            self._words.append((time.monotonic(), selection))
+            if not registry.has(selection.user, selection.session):
+                return
             for stream, listener in registry.streams(self.hub.loop):
                 if selection.matches(listener):
                     stream.end(Reason.CLOSED, jittered_ms(*COME_BACK_MS))
-        elif action == RESET:
-            # Something was missed: a look at everybody's rights makes up for it.
-            for _, listener in registry.streams(self.hub.loop):
-                listener.recheck_at = 0
+
+    def _recheck_everybody(self) -> None:
+        for _, listener in registry.streams(self.hub.loop):
+            listener.recheck_at = 0
 
 
 _watches: dict[Hub, Watch] = {}
@@ -209,7 +247,7 @@ def get_watch() -> Watch:
     hub = get_hub()
     watch = _watches.get(hub)
     if watch is None:
-        for other in [other for other in _watches if other.loop.is_closed()]:
+        for other in [other for other in list(_watches) if other.loop.is_closed()]:
             _watches.pop(other, None)
         watch = _watches[hub] = Watch(hub)
     return watch

@@ -643,7 +643,7 @@ class TimesOut(FaultyLayer):
     """A layer whose wait ends now and then, as redis-py's socket_timeout makes it."""
 
     error: type[Exception] = TimeoutError
-    seconds = 0.01
+    seconds = 0.06
     times = 3
 
     async def receive(self, channel: str) -> Any:
@@ -719,3 +719,30 @@ async def test_a_hub_whose_loop_closes_while_it_delivers() -> None:
     hub = await asyncio.to_thread(asyncio.run, start())
     hub.deliver(group_name("t"), message("t", None))
     assert hub not in hubs()
+
+
+async def test_a_shared_layer_that_forgot_a_group(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events that only the head check finds, twice in a row: the group is joined again."""
+    monkeypatch.setattr(module, "is_process_local", lambda: False)
+    subscriber = await listen(hub)
+    layer = layer_of(hub)
+    layer.groups.clear()
+    for text in ("a", "b", "c"):
+        add(hub.history, text)
+        assert await receive(subscriber, 1) == [text]
+    await until(lambda: group_name("t") in layer.groups)
+    hub.deliver(group_name("t"), message("t", None, "live"))
+    assert await receive(subscriber, 1) == ["live"]
+
+
+async def test_a_token_that_is_finished_is_not_fed(hub: Hub) -> None:
+    """Of several tokens the closed ones cost no group."""
+    subscriber = Subscriber(buffer_bytes=1000, keepalive_seconds=None, joined=True)
+    subscriber.add("closed", 5, finished=True)
+    subscriber.add("open", 5)
+    await hub.subscribe(subscriber)
+    groups = {call[1] for call in layer_of(hub).calls if call[0] == "group_add"}
+    assert groups == {group_name("open")}
+    hub.unsubscribe(subscriber)

@@ -232,6 +232,24 @@ async def test_a_probe_that_cannot_be_sent(
     await reader.close()
 
 
+async def test_a_probe_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is under way at a time; the layer that takes none is replaced."""
+    monkeypatch.setattr(module, "DEAF_SECONDS", 0.2)
+    reader = await Reader().live()
+    hub = get_hub()
+    first = layer_of(hub)
+    calls = []
+
+    async def send(channel: str, message: dict[str, Any]) -> None:
+        calls.append(channel)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(first, "send", send)
+    await until(lambda: layer_of(hub) is not first)
+    assert len(calls) == 1
+    await reader.close()
+
+
 # Membership alone
 
 

@@ -14,11 +14,19 @@ from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
 from django.db import connection
 
 from django_eventsource import streams as module
+from django_eventsource.cursors import split_cursor
 from django_eventsource.frames import KEEPALIVE, Decoder, ServerSentEvent
 from django_eventsource.history import History, Kind, Position, Slice, get_history
 from django_eventsource.hub import get_hub
 from django_eventsource.publishing import apublish
-from django_eventsource.streams import EventStream, EventStreamResponse, let_go
+from django_eventsource.streams import (
+    EventStream,
+    EventStreamResponse,
+    Reason,
+    Slot,
+    come_back_later,
+    let_go,
+)
 from django_eventsource.subscribers import Subscriber
 from tests.histories import add, draft
 
@@ -140,6 +148,48 @@ def test_opening_for_a_listener_whose_events_are_gone(
     (event,) = Decoder().feed(first_bytes(position, asked=asked, durable=True))
     assert (event.event, event.id) == ("reset", "5+")
     assert json.loads(event.data) == {"reason": reason, "after": after, "resume": "5+"}
+
+
+def test_the_state_comes_before_the_cursor(settings) -> None:
+    """Who is cut off in the state has not got it; nothing before the cursor commits a place."""
+    settings.EVENTSOURCE_RETRY_MS = 700
+    state = draft("s1").frame() + draft("s2").frame()
+    for asked, known in [(None, True), ("3", False)]:
+        position = Position(seq=5, cursor="5", known=known)
+        first = EventStream("t", position, asked=asked, state=state)._opening
+        assert first is not None
+        decoder = Decoder("before")
+        events = decoder.feed(first.removesuffix(b"id: 5\n\n"))
+        names = [event.event for event in events]
+        assert names == ([] if known else ["reset"]) + ["ping", "ping"]
+        assert decoder.last_event_id == "before"
+        decoder.feed(b"id: 5\n\n")
+        assert first.endswith(b"id: 5\n\n")
+        assert decoder.last_event_id == "5"
+
+
+def test_the_state_of_a_live_only_class() -> None:
+    """It is sent, and no cursor."""
+    position = Position(seq=5, cursor="5")
+    first = EventStream("t", position, durable=False, state=b"data: x\n\n")._opening
+    assert first == b"data: x\n\n: open\n"
+
+
+def test_opening_of_several_tokens() -> None:
+    """One cursor for all of them; one reset for each whose events are gone, which names it."""
+    others = {"b": Position(seq=6, cursor="6+", known=False), "c": Position(seq=7, cursor="7")}
+    stream = EventStream("a", Position(seq=5, cursor="5"), asked="~xyz", others=others)
+    assert stream.tokens == ["a", "b", "c"]
+    assert stream._opening is not None
+    decoder = Decoder()
+    (event,) = decoder.feed(stream._opening)
+    assert split_cursor(event.id, ["a", "b", "c"]) == {"a": "5", "b": "6+", "c": "7"}
+    assert json.loads(event.data) == {
+        "reason": "expired",
+        "after": "~xyz",
+        "resume": event.id,
+        "token": "b",
+    }
 
 
 # Replay and live
@@ -371,6 +421,205 @@ def test_a_stream_dropped_after_its_loop_is_no_error() -> None:
     EventStream.__new__(EventStream).__del__()
 
 
+# Being ended
+
+
+class Ends(list[Any]):
+    """What a stream tells when it has ended."""
+
+    def __init__(self, stream: EventStream) -> None:
+        super().__init__()
+        stream.on_close = self.note
+
+    def note(self, stream: EventStream) -> None:
+        self.append(stream.reason)
+
+
+async def test_ending_gives_what_is_buffered_first(history: History) -> None:
+    """The listener gets it, and the time after which to come back; then the stream ends."""
+    add(history, "start")
+    reader = Reader(open_stream())
+    ends = Ends(reader.stream)
+    await reader.chunk()
+    waiting = asyncio.ensure_future(reader.chunk())
+    await is_waiting()
+    feed = get_hub()._feeds["t"]
+    for entry in add(history, *"ab"):
+        feed.receive(entry.seq, entry.frame(), entry.finishes)
+    reader.stream.end(Reason.AGE, 1234)
+    reader.stream.end(Reason.CLOSED, 99)
+    for entry in add(history, "c"):
+        feed.receive(entry.seq, entry.frame(), entry.finishes)
+    await waiting
+    assert await reader.read_to_end() == ["a", "b"]
+    assert reader.decoder.retry_ms == 1234
+    assert ends == [Reason.AGE]
+    assert not reader.stream.is_open
+    assert await Reader(open_stream(reader.decoder.last_event_id)).read(1) == ["c"]
+
+
+async def test_ending_without_a_time() -> None:
+    """A stream that waits ends at once, without a byte."""
+    reader = Reader(open_stream())
+    await reader.chunk()
+    waiting = asyncio.ensure_future(reader.chunk())
+    await is_waiting()
+    reader.stream.end(Reason.REFUSED)
+    assert await waiting == b""
+    assert reader.ended
+    assert reader.stream.reason is Reason.REFUSED
+
+
+async def test_ending_before_the_first_byte() -> None:
+    """The listener gets its cursor and the time to come back, and nothing is subscribed."""
+    reader = Reader(open_stream())
+    ends = Ends(reader.stream)
+    reader.stream.end(Reason.SHUTDOWN, 700)
+    assert await reader.read_to_end() == []
+    assert reader.decoder.last_event_id
+    assert reader.decoder.retry_ms == 700
+    assert ends == [Reason.SHUTDOWN]
+    assert not get_hub()._feeds
+
+
+async def test_ending_in_the_middle_of_a_replay(history: History, settings) -> None:
+    """The rest is left for the listener's next stream."""
+    settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 100
+    (start,) = add(history, "start")
+    add(history, *(str(n) * 40 for n in range(5)))
+    reader = Reader(open_stream(str(start.seq)))
+    await reader.read(1)
+    reader.stream.end(Reason.CLOSED, 5)
+    got = await reader.read_to_end()
+    assert len(got) < 5
+    late = Reader(open_stream(reader.decoder.last_event_id))
+    assert got + await late.read(5 - len(got)) == [str(n) * 40 for n in range(5)]
+    await late.stream.aclose()
+
+
+async def test_ending_while_the_history_is_read(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes back from it is left for the listener's next stream."""
+    (start,) = add(history, "start")
+    (entry,) = add(history, "a")
+    reader = Reader(open_stream(str(start.seq)))
+    hub = get_hub()
+    real = hub.read
+
+    async def read(token: str, after: int) -> Slice:
+        slice_ = await real(token, after)
+        reader.stream.end(Reason.AGE, 5)
+        return slice_
+
+    monkeypatch.setattr(hub, "read", read)
+    assert await reader.read_to_end() == []
+    assert reader.decoder.last_event_id == str(start.seq)
+    assert reader.decoder.retry_ms == 5
+    assert entry.seq > start.seq
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+async def test_aborting_drops_what_is_buffered(history: History, steps: int) -> None:
+    """It ends at once, tells who serves it, and is over for whoever waits."""
+    (start,) = add(history, "start")
+    add(history, "a")
+    stream = open_stream(str(start.seq))
+    ends = Ends(stream)
+    aborted = []
+    stream.on_abort = lambda: aborted.append(stream.reason)
+    reader = Reader(stream)
+    for _ in range(steps):
+        await reader.chunk()
+    stream.abort(Reason.STALLED)
+    stream.abort(Reason.LEFT)
+    assert aborted == ends == [Reason.STALLED]
+    assert await reader.chunk() == b""
+    assert reader.ended
+    assert stream.sending_since is None
+    assert not stream.is_open
+
+
+async def test_aborting_wakes_who_waits() -> None:
+    """A waiting stream ends at once, and needs nobody who listens for its end."""
+    reader = Reader(open_stream())
+    await reader.chunk()
+    waiting = asyncio.ensure_future(reader.chunk())
+    await is_waiting()
+    reader.stream.abort(Reason.CLOSED)
+    assert await waiting == b""
+    assert reader.stream.reason is Reason.CLOSED
+
+
+async def test_why_streams_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each end has its reason, told once; an open stream has none."""
+    cases: dict[Reason, Callable[[Reader], Any]] = {
+        Reason.FINISHED: lambda reader: apublish("t", "close", ""),
+        Reason.LEFT: lambda reader: reader.stream.aclose(),
+        Reason.FAILED: lambda reader: patch.setattr(Subscriber, "take_loss", lambda self: 1 / 0),
+    }
+    for reason, end in cases.items():
+        reader = Reader(open_stream())
+        ends = Ends(reader.stream)
+        await reader.chunk()
+        with monkeypatch.context() as patch:
+            assert (reader.stream.reason, ends) == (None, [])
+            waiting = asyncio.ensure_future(reader.read_to_end())
+            if reason is not Reason.FAILED:
+                await is_waiting()
+            await (end(reader) or asyncio.sleep(0))
+            await waiting
+        await reader.stream.aclose()
+        assert (reader.stream.reason, ends) == (reason, [reason])
+
+
+async def test_a_cancelled_stream_was_left() -> None:
+    """Its listener has gone."""
+    stream = open_stream()
+    ends = Ends(stream)
+    await stream.__anext__()
+    waiting = asyncio.ensure_future(stream.__anext__())
+    await is_waiting()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert ends == [Reason.LEFT]
+
+
+async def test_a_dropped_stream_tells_its_end() -> None:
+    """Once, with the reason that it has, or else that it was left."""
+    stream: EventStream | None = open_stream()
+    assert stream is not None
+    ends = Ends(stream)
+    stream = None
+    gc.collect()
+    assert ends == [Reason.LEFT]
+    stream = open_stream()
+    ends = Ends(stream)
+    stream.end(Reason.AGE)
+    stream = None
+    gc.collect()
+    assert ends == [Reason.AGE]
+
+
+async def test_since_when_the_server_has_a_chunk(history: History) -> None:
+    """Between two steps it is known how long the server takes; waiting does not count."""
+    reader = Reader(open_stream())
+    assert reader.stream.sending_since is None
+    await reader.chunk()
+    since = reader.stream.sending_since
+    assert since is not None
+    waiting = asyncio.ensure_future(reader.chunk())
+    await is_waiting()
+    assert reader.stream.sending_since is None
+    assert reader.stream.is_open
+    await apublish("t", "ping", "a")
+    await waiting
+    assert reader.stream.sending_since is not None
+    assert reader.stream.sending_since >= since
+    await reader.stream.aclose()
+
+
 # Failures
 
 
@@ -492,6 +741,117 @@ async def test_response_gives_its_own_iterator() -> None:
         == first_bytes(get_history().locate("t", None), asked=None, durable=True).upper()
     )
     await chunks.aclose()
+
+
+def sent_by_django(stream: EventStream, slot: Slot) -> EventStreamResponse:
+    """A response that Django's handler is about to send."""
+    response: Any = EventStreamResponse(stream, slot)
+    response._handler_class = object
+    return response
+
+
+async def test_a_response_leaves_its_stream_in_the_slot() -> None:
+    """Whoever made the slot serves the stream; Django sends an empty body."""
+    stream, slot = open_stream(), Slot()
+    response = sent_by_django(stream, slot)
+    assert slot.stream is None
+    assert [chunk async for chunk in response] == []
+    assert slot.stream is stream
+    assert not stream.is_open
+
+
+async def test_a_stream_that_middleware_reads_is_not_handed_over() -> None:
+    """Neither one that it wraps, nor one that it takes the body of."""
+    first = first_bytes(get_history().locate("t", None), asked=None, durable=True)
+    stream, slot = open_stream(), Slot()
+    response = EventStreamResponse(stream, slot)
+    assert await anext(aiter(response)) == first
+    assert slot.stream is None
+    await stream.aclose()
+    stream = open_stream()
+    response = sent_by_django(stream, slot)
+
+    async def wrapped(inner: Any) -> Any:
+        async for chunk in inner:
+            yield chunk.upper()
+
+    response.streaming_content = wrapped(response.streaming_content)
+    chunks = aiter(response)
+    assert await anext(chunks) == first.upper()
+    assert slot.stream is None
+    await chunks.aclose()
+
+
+def test_come_back_later() -> None:
+    """The whole body is one reconnection time, which differs from listener to listener."""
+    times = set()
+    for _ in range(20):
+        decoder = Decoder("before")
+        assert decoder.feed(come_back_later()) == []
+        assert decoder.last_event_id == "before"
+        times.add(decoder.retry_ms)
+    assert all(2_000 <= time <= 10_000 for time in times if time is not None)
+    assert None not in times
+    assert len(times) > 1
+
+
+# Several tokens, with a real hub; what they promise is in test_cursors.py
+
+
+def open_streams(*tokens: str, cursor: str | None = None) -> EventStream:
+    cursors = split_cursor(cursor, tokens)
+    positions = {token: get_history().locate(token, cursors[token]) for token in tokens}
+    first = positions.pop(tokens[0])
+    return EventStream(tokens[0], first, asked=cursor, others=positions)
+
+
+async def test_several_tokens_on_one_stream(history: History) -> None:
+    """Replay and live, each token in order, and one cursor to come back with."""
+    for token in "abc":
+        add(history, f"{token}0", token=token)
+    reader = Reader(open_streams("a", "b", "c"))
+    await reader.chunk()
+    for n in (1, 2):
+        for token in "abc":
+            await apublish(token, "ping", f"{token}{n}")
+    got = await reader.read(6)
+    for token in "abc":
+        assert [text for text in got if text[0] == token] == [f"{token}1", f"{token}2"]
+    await reader.stream.aclose()
+    assert not any(feed.subscriptions for feed in get_hub()._feeds.values())
+    await apublish("b", "close", "b bye")
+    await apublish("b", "ping", "b anew")
+    await apublish("c", "ping", "c3")
+    late = Reader(open_streams("c", "a", "b", cursor=reader.decoder.last_event_id))
+    assert sorted(await late.read(2)) == ["b bye", "c3"]
+    await late.stream.aclose()
+    last = open_streams("a", "b", "c", cursor=late.decoder.last_event_id)
+    await last.__anext__()
+    waiting = asyncio.ensure_future(Reader(last).read_to_end())
+    await until(lambda: last._subscriber._waiter)
+    assert not get_hub()._feeds["b"].subscriptions, "it is closed for this listener"
+    await apublish("a", "close", "a bye")
+    await apublish("c", "close", "c bye")
+    assert sorted(await waiting) == ["a bye", "c bye"]
+    assert last.reason is Reason.FINISHED
+
+
+async def test_a_stalled_reader_of_several_tokens_loses_nothing(settings) -> None:
+    """All its tokens are read again from where they were taken."""
+    settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 2000
+    for token in "ab":
+        add(get_history(), "start", token=token)
+    reader = Reader(open_streams("a", "b"))
+    await reader.chunk()
+    await apublish("a", "ping", "a first")
+    await reader.read(1)
+    for n in range(100):
+        await apublish("a", "ping", f"a {n}")
+        await apublish("b", "ping", f"b {n}")
+    got = await reader.read(201)
+    assert [text for text in got if text[0] == "a"] == ["a first", *(f"a {n}" for n in range(100))]
+    assert [text for text in got if text[0] == "b"] == [f"b {n}" for n in range(100)]
+    await reader.stream.aclose()
 
 
 # Letting go

@@ -1,0 +1,237 @@
+"""What the view reads of a request, all of it untrusted."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.contrib.auth.middleware import AuthenticationMiddleware
+from django.contrib.auth.models import AnonymousUser, User
+from django.contrib.sessions.backends.db import SessionStore
+from django.http import HttpRequest, RawPostDataException
+from django.test import AsyncRequestFactory, RequestFactory
+
+from django_eventsource.cursors import join_cursor, max_length, short_key
+from django_eventsource.exceptions import InvalidToken
+from django_eventsource.listeners import hide_session
+from django_eventsource.policies import OPENED, session_user
+from django_eventsource.requests import (
+    NO_CURSOR,
+    address_of,
+    keep_body,
+    last_event_id,
+    read_tokens,
+    refresh,
+    session_of,
+)
+
+factory = RequestFactory()
+
+
+# The body
+
+
+@pytest.mark.parametrize("size", [0, 9, 10])
+def test_a_body_within_the_limit_is_kept(size: int) -> None:
+    """It is where Django keeps it, and can be read again."""
+    request = factory.post("/", b"x" * size, content_type="text/plain")
+    assert keep_body(request, 10)
+    assert request.body == b"x" * size
+
+
+@pytest.mark.parametrize(
+    ("length", "asked"),
+    [("50", []), ("", [11]), ("abc", [11]), ("5,5", [11]), ("5", [11]), ("9" * 5000, [])],
+)
+def test_a_body_over_the_limit_is_not_read(length: str, asked: list[int]) -> None:
+    """A declared length is believed when it is too much; else one byte too many is read."""
+    request: Any = factory.post("/", b"x" * 50, content_type="text/plain")
+    request.META["CONTENT_LENGTH"] = length
+    read: list[int] = []
+    real = request._stream.read
+    request._stream.read = lambda size: read.append(size) or real(size)
+    assert not keep_body(request, 10)
+    assert read == asked
+
+
+def test_a_body_that_was_read_before() -> None:
+    """What middleware has read as a whole is there still; what it consumed is an error."""
+    request = factory.post("/", b"abc", content_type="text/plain")
+    assert request.body == b"abc"
+    assert keep_body(request, 10)
+    assert request.body == b"abc"
+    request = factory.post("/", {"a": "1"})
+    assert request.POST["a"] == "1"
+    with pytest.raises(RawPostDataException, match="consumed"):
+        keep_body(request, 1000)
+
+
+# Tokens
+
+
+def test_tokens_of_path_and_query() -> None:
+    """The path's comes first, the others in their order, each once."""
+    assert read_tokens(factory.get("/"), "a", 1) == ["a"]
+    request = factory.get("/?token=b&token=c&token=a&token=b&token=%C3%A9%20%2F")
+    assert read_tokens(request, "a", 4) == ["a", "b", "c", "é /"]
+
+
+def test_too_many_tokens() -> None:
+    """The answer says how many there may be."""
+    with pytest.raises(InvalidToken, match="3 tokens are asked for; one stream carries at most 2"):
+        read_tokens(factory.get("/?token=b&token=c"), "a", 2)
+
+
+@pytest.mark.parametrize("text", ["", "%00", "x" * 256, "%FF"])
+def test_bad_tokens_in_the_query(text: str) -> None:
+    """Each is checked as the path's is."""
+    with pytest.raises(InvalidToken):
+        read_tokens(factory.get(f"/?token={text}"), "a", 16)
+
+
+# The last event id
+
+
+def test_no_last_event_id() -> None:
+    """Nothing at all is a fresh listener."""
+    assert last_event_id(factory.get("/")) is None
+    assert last_event_id(factory.get("/", {"last_event_id": ""})) is None
+    assert last_event_id(factory.get("/", headers={"Last-Event-ID": ""})) is None
+
+
+def test_the_header_wins() -> None:
+    """A browser that reconnects sends the header, and the URL of its first request."""
+    request = factory.get("/?last_event_id=1", headers={"Last-Event-ID": "2"})
+    assert last_event_id(request) == "2"
+
+
+def test_the_query_is_as_untrusted_as_the_header() -> None:
+    """What is no id stands for none that exists."""
+    for text in ["a\nb", "a b", "é", "\0", "x" * 256]:
+        assert last_event_id(factory.get("/", {"last_event_id": text})) == NO_CURSOR
+    for text in ["x" * 255, "~x", "17+", "!"]:
+        assert last_event_id(factory.get("/", {"last_event_id": text})) == text
+    header = {"Last-Event-ID": "€".encode().decode("latin-1")}
+    assert last_event_id(factory.get("/", headers=header)) == NO_CURSOR
+
+
+def joined(tokens: int) -> str:
+    return join_cursor((short_key(str(n)), 10**17 + n, False) for n in range(tokens))
+
+
+def test_the_cursor_of_many_tokens_is_long() -> None:
+    """It may be as long as those tokens need, and no longer."""
+    cursor = joined(40)
+    assert len(cursor) == max_length(40) > 255
+    assert last_event_id(factory.get("/", {"last_event_id": cursor}), 40) == cursor
+    assert last_event_id(factory.get("/", {"last_event_id": "x" + cursor}), 40) == NO_CURSOR
+    assert last_event_id(factory.get("/", {"last_event_id": "~" * 10_000}), 40) == NO_CURSOR
+
+
+def test_a_page_that_comes_back_with_fewer_tokens() -> None:
+    """The cursor of as many tokens as a stream may carry is read, however few come back."""
+    cursor = joined(16)
+    assert last_event_id(factory.get("/", {"last_event_id": cursor}), 12) == cursor
+    assert last_event_id(factory.get("/", {"last_event_id": cursor}), 1) == cursor
+
+
+# Who it is from
+
+
+@pytest.mark.parametrize(
+    ("given", "address"), [("192.0.2.1", "192.0.2.1"), ("::1", "::1"), ("", ""), (None, "")]
+)
+def test_address(given: str | None, address: str) -> None:
+    """A server on a Unix socket tells none."""
+    request = factory.get("/")
+    request.META["REMOTE_ADDR"] = given
+    assert address_of(request) == address
+    del request.META["REMOTE_ADDR"]
+    assert address_of(request) == ""
+
+
+def test_session() -> None:
+    """Only a hash of its key is kept; there may be no session, or one without a key."""
+    request: Any = factory.get("/")
+    assert session_of(request) == ""
+    request.session = SessionStore()
+    assert session_of(request) == ""
+    request.session = SessionStore("a-session-key")
+    assert session_of(request) == hide_session("a-session-key")
+
+
+# Later
+
+
+def logged_in(user: User) -> Any:
+    """A request as the middleware makes it."""
+    request: Any = AsyncRequestFactory().get("/")
+    request.session = SessionStore()
+    request.session["_auth_user_id"] = str(user.pk)
+    request.session["_auth_user_backend"] = "django.contrib.auth.backends.ModelBackend"
+    request.session["_auth_user_hash"] = user.get_session_auth_hash()
+    request.session.save()
+    AuthenticationMiddleware(lambda request: None).process_request(request)  # type: ignore[arg-type]
+    return request
+
+
+def user_of(request: HttpRequest) -> Any:
+    return async_to_sync(session_user)(request)
+
+
+@pytest.mark.django_db
+def test_the_user_of_today() -> None:
+    """Who is no longer active, or has logged out, is seen as that."""
+    user = User.objects.create_user("ada")
+    request = logged_in(user)
+    assert user_of(request) == user
+    assert request.user == user
+    User.objects.update(first_name="Ada")
+    opened = time.time() - 100
+    refresh(request, opened)
+    assert getattr(request, OPENED) == opened
+    assert user_of(request).first_name == request.user.first_name == "Ada"
+    User.objects.update(is_active=False)
+    assert user_of(request) == user, "it is not asked for at every look"
+    refresh(request, opened)
+    assert user_of(request) is None
+    User.objects.update(is_active=True)
+    refresh(request, opened)
+    assert user_of(request) == user
+    request.session.delete()
+    refresh(request, opened)
+    assert user_of(request) is None
+    assert request.user == AnonymousUser()
+
+
+@pytest.mark.django_db
+def test_a_request_without_users() -> None:
+    """Without the middleware there is nothing to look at again."""
+    request: Any = factory.get("/")
+    refresh(request, 5.0)
+    assert getattr(request, OPENED) == 5.0
+    assert not hasattr(request, "user")
+    request.session = SessionStore("a-session-key")
+    refresh(request, 6.0)
+    assert not hasattr(request, "user")
+    assert request.session.session_key == "a-session-key"
+
+
+@pytest.mark.django_db
+def test_a_user_whom_other_middleware_brought() -> None:
+    """Who came with a header, and not with the session, is not forgotten."""
+    user = User.objects.create_user("ada")
+    request: Any = factory.get("/")
+    request.session = SessionStore()
+    AuthenticationMiddleware(lambda request: None).process_request(request)  # type: ignore[arg-type]
+
+    async def auser(request: HttpRequest) -> User:
+        return user
+
+    request.user = user
+    request.auser = partial(auser, request)
+    refresh(request, time.time())
+    assert user_of(request) == user
