@@ -34,17 +34,19 @@ def join_cursor(places: Iterable[tuple[bytes, int, bool]]) -> str:
 def split_cursor(text: str | None, tokens: Sequence[str]) -> Mapping[str, str | None]:
     """Give each token its own cursor, or ``None`` where it has none.
 
-    Text that is no joined cursor belongs to the first token: a page that listened to it
-    alone may come back with more.
+    An id that is no joined cursor belongs to the first token: a page that listened to it
+    alone may come back with more. Text that never was an id is unknown to every token.
     """
     places = _places(text) if text else {}
-    if places is None:
-        return {token: (text if token == tokens[0] else None) for token in tokens}
-    return {token: places.get(short_key(token)) for token in tokens}
+    if places is not None:
+        return {token: places.get(short_key(token)) for token in tokens}
+    if text and (text.startswith(MARK) or " " in text):
+        return dict.fromkeys(tokens, text)
+    return {token: (text if token == tokens[0] else None) for token in tokens}
 
 
 def _places(text: str) -> dict[bytes, str] | None:
-    if not text.startswith(MARK):
+    if not text.startswith(MARK) or text == MARK:
         return None
     try:
         packed = base64.b64decode(

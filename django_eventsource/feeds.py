@@ -133,7 +133,10 @@ class Feed:
         self.has_gap = False
         after, self.last = self.last, position
         for one in self._behind(position, ahead=ahead):
-            one.move(position, anew=anew, missing=True, after=after)
+            if not ahead and after is not None and one.position > after:
+                one.fall_behind()  # it may miss nothing, and finds out by itself
+            else:
+                one.move(position, anew=anew, missing=True, after=after)
 
     def raise_to(self, floor: int, *, certain: bool) -> None:
         """Follow the floor of a token without a history, and take the listeners along.

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from django.utils.crypto import salted_hmac
 
@@ -68,7 +68,7 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        self._streams: WeakKeyDictionary[EventStream, Listener] = WeakKeyDictionary()
+        self._streams: WeakSet[EventStream] = WeakSet()
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.RLock()  # reentrant: the garbage collector may end a stream
 
@@ -96,14 +96,16 @@ class Registry:
             listener.ends_at = now + _jittered(conf.stream_max_age_seconds)
             listener.recheck_at = now + _jittered(conf.recheck_seconds)
             self._count(listener, 1)
-            self._streams[stream] = listener
+            # Not kept here: it leads back to the stream, by way of the request.
+            stream.listener = listener
+            self._streams.add(stream)
         stream.on_close = partial(self._release, listener, on_close)
         return None
 
     def _release(self, listener: Listener, on_close: OnClose, stream: EventStream) -> None:
         with self._lock:
             self._count(listener, -1)
-            self._streams.pop(stream, None)
+            self._streams.discard(stream)
         on_close(listener, stream)
 
     def _count(self, listener: Listener, step: int) -> None:
@@ -117,7 +119,7 @@ class Registry:
     ) -> Iterator[tuple[EventStream, Listener]]:
         """Give the streams, of one event loop if it is named."""
         with self._lock:
-            found = list(self._streams.items())
+            found = [(stream, stream.listener) for stream in self._streams]
         return ((one, who) for one, who in found if loop is None or who.loop is loop)
 
     def count(self, token: str) -> int:

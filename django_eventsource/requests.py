@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from django.contrib.auth.middleware import AuthenticationMiddleware
+from django.contrib.auth.middleware import auser as middleware_auser
 from django.http import HttpRequest, RawPostDataException
 
+from .conf import conf
 from .cursors import MARK, max_length
 from .exceptions import InvalidToken
 from .history.base import MAX_CURSOR_LENGTH
@@ -61,7 +63,8 @@ def last_event_id(request: HttpRequest, tokens: int = 1) -> str | None:
         text = request.GET.get("last_event_id", "")
     if not text:
         return None
-    most = max_length(tokens) if text.startswith(MARK) else 0
+    # Of as many tokens as it may be: a page may come back with fewer.
+    most = max_length(max(tokens, conf.stream_max_tokens)) if text.startswith(MARK) else 0
     visible = text.isascii() and text.isprintable() and " " not in text
     return text if visible and len(text) <= max(most, MAX_CURSOR_LENGTH) else NO_CURSOR
 
@@ -89,5 +92,6 @@ def refresh(request: HttpRequest, opened: float) -> None:
     session = getattr(request, "session", None)
     if session is not None:
         request.session = type(session)(session.session_key)
-        if hasattr(request, "auser"):
+        # A user that other middleware has set is not the session's.
+        if getattr(getattr(request, "auser", None), "func", None) is middleware_auser:
             AuthenticationMiddleware(lambda request: None).process_request(request)  # type: ignore[arg-type]

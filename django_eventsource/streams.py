@@ -7,16 +7,17 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Any
 
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.db import connections
 from django.http import StreamingHttpResponse
 
 from .conf import conf
-from .cursors import MARK
+from .cursors import split_cursor
 from .frames import CONTENT_TYPE, encode_comment, encode_id, encode_retry
 from .history import Position
 from .hub import Hub, get_hub
@@ -80,6 +81,7 @@ class EventStream(AsyncIterator[bytes]):
         "_hub",
         "_opening",
         "_subscriber",
+        "listener",
         "on_abort",
         "on_close",
         "reason",
@@ -103,6 +105,8 @@ class EventStream(AsyncIterator[bytes]):
         """Why it ended; ``None`` while it is open."""
         self.sending_since: float | None = None
         """Since when the server has been taking the last chunk, on the monotonic clock."""
+        self.listener: Any = None
+        """Who listens, where that is known."""
         self.on_close: Callable[[EventStream], None] | None = None
         """Called once when it ends, in whatever thread that happens."""
         self.on_abort: Callable[[], None] | None = None
@@ -276,14 +280,17 @@ class EventStreamResponse(StreamingHttpResponse):
         if self._slot is None or getattr(self, "_handler_class", None) is None:
             return self._stream
         self._slot.stream = self._stream
-        return nothing()
+        return Nothing()
 
 
-async def nothing() -> AsyncGenerator[bytes, None]:
-    """Give no chunk at all."""
-    none: tuple[bytes, ...] = ()
-    for chunk in none:
-        yield chunk
+class Nothing(AsyncIterator[bytes]):
+    """Gives no chunk at all."""
+
+    async def __anext__(self) -> bytes:
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """End it, which it is."""
 
 
 def opening(
@@ -304,17 +311,18 @@ def opening(
     retry = conf.retry_ms
     first = b"" if retry is None else encode_retry(retry)
     cursor = subscriber.subscriptions[0].cursor
+    cursors = split_cursor(asked, list(positions))
     lost = [token for token, position in positions.items() if not position.known]
-    reason = "expired" if asked and asked.rstrip("+").isdigit() else "unknown"
-    if subscriber.joined and asked and asked.startswith(MARK):
-        reason = "expired"
     for token in lost:
+        own = cursors[token]
+        expired = own is not None and own.rstrip("+").isdigit()
         first += reset_frame(
-            reason,
-            after=asked if reason == "expired" else None,
+            "expired" if expired else "unknown",
+            after=asked if expired else None,
             resume=cursor,
             token=token if subscriber.joined else None,
-            commit=not state,
+            # The cursor is that of all tokens: who was cut off before has not been told.
+            commit=not state and token == lost[-1],
         )
     first += state
     if durable or asked:

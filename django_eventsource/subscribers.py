@@ -74,6 +74,7 @@ class Subscription:
 
     __slots__ = (
         "_anew_at",
+        "_held",
         "_key",
         "done",
         "feed",
@@ -102,6 +103,7 @@ class Subscription:
         """Has it been taken for the socket?"""
         self._anew_at = position if anew else None
         self._key: bytes | None = None
+        self._held: bytes | None = None  # a live-only close that came while behind
 
     @property
     def place(self) -> tuple[bytes, int, bool]:
@@ -123,14 +125,18 @@ class Subscription:
         if self.finished or subscriber.finished:
             return
         if seq is None:
-            if subscriber.write_volatile(frame, finish):
+            if finish and not self.live:
+                self._held = frame  # nothing comes after a close, so what is read comes before
+            elif subscriber.write_volatile(frame, finish):
                 self._finish(finish)
         elif self.live and seq > self.position:
+            before, self.position = self.position, seq
+            frame = self._stamped(frame)
             if subscriber.has_room(frame):
-                self.position = seq
-                subscriber.write(self._stamped(frame))
+                subscriber.write(frame)
                 self._finish(finish)
             else:
+                self.position = before
                 subscriber.overflow()
 
     def move(
@@ -157,15 +163,17 @@ class Subscription:
             self.position = entry.seq
             frames.append(self._stamped(entry.frame()))
             if entry.finishes:
+                self.sent = self.position
                 self.live = self.done = True
                 self._finish(True)
                 if self.subscriber.finished:
                     self.subscriber.end()
                 break
         else:
+            # Before going live, which may buffer what the feed has held.
+            self.sent = self.position
             if not slice_.more:
                 self.go_live()
-        self.sent = self.position
         self.subscriber.quiet = self.subscriber.quiet and not frames
         return b"".join(frames)
 
@@ -173,6 +181,14 @@ class Subscription:
         """Become live, unless the feed is ahead of what was read."""
         if self.feed is not None:
             self.feed.adopt(self)
+        if self.live and self._held is not None:
+            held, self._held = self._held, None
+            self.push(None, held, True)
+
+    def fall_behind(self) -> None:
+        """Go on from the history: the feed does not know what comes next."""
+        self.live = False
+        self.subscriber.wake()
 
     def _moved(self, position: int, *, anew: bool, missing: bool, after: int | None) -> bytes:
         self.position = position
@@ -252,7 +268,7 @@ class Subscriber:
         self.quiet = False
         self._buffer.append(frame)
         self._size += len(frame)
-        self._wake()
+        self.wake()
 
     def write_volatile(self, frame: bytes, finish: bool) -> bool:
         """Buffer an event that no history has; ``False`` when it was dropped instead."""
@@ -286,9 +302,10 @@ class Subscriber:
         for one in self.subscriptions:
             one.position = one.sent
             one.live = one.finished = one.done
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let the stream look for news."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -302,7 +319,7 @@ class Subscriber:
         self.finished = True
         for one in self.subscriptions:
             one.live = one.finished = one.done = True
-        self._wake()
+        self.wake()
 
     def finish(self, frame: bytes) -> None:
         """Finish after what is buffered already, and this."""

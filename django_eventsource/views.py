@@ -177,7 +177,7 @@ class EventSourceView(View):
             return later()
         asked = last_event_id(request, len(tokens))
         try:
-            cursors = split_cursor(asked, tokens) if len(tokens) > 1 else {tokens[0]: asked}
+            cursors = split_cursor(asked, tokens)
             history = get_history()
             positions = {token: await history.alocate(token, cursors[token]) for token in tokens}
             state = b"".join(

@@ -409,3 +409,12 @@ def test_the_word_is_durable() -> None:
     """What a process does not hear at once it finds in the history."""
     publish_event(ControlEvent(CONTROL_TOKEN, CLOSE, {"token": "t"}))
     assert told() == [{"token": "t"}]
+
+
+@pytest.mark.parametrize(
+    "data", ["[]", '{"shoe": "9"}', '{"user": 7}', "{}", '{"token": null}', "no JSON"]
+)
+def test_a_word_that_is_not_understood(data: str) -> None:
+    """Another version's word is refused as a whole: half of it could mean too much."""
+    with pytest.raises(ValueError):
+        Selection.read(data)

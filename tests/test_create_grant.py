@@ -41,7 +41,7 @@ def create(*arguments: str) -> tuple[Grant, str, list[list[str]]]:
 def test_a_grant_to_listen() -> None:
     """Without options it grants listening, for the default time, and tells the curl line."""
     grant, text, lines = create("it's 42")
-    assert (grant.token, grant.listen, grant.send) == ("it's 42", True, False)
+    assert (grant.tokens, grant.listen, grant.send) == (("it's 42",), True, False)
     assert 86_390 < grant.expires - time.time() <= 86_401
     assert lines == [
         [

@@ -283,6 +283,19 @@ def test_a_listener_ahead_of_a_gap_is_not_taken_back(feed: Feed) -> None:
     assert got(ahead) == ["31"]
 
 
+def test_a_listener_in_the_middle_of_a_gap_misses_nothing_that_is_there(feed: Feed) -> None:
+    """What the feed lacks and the history too need not be what the listener lacks."""
+    subscribe(feed, 10)
+    ahead = Single(15, buffer_bytes=1000, keepalive_seconds=None)
+    feed.add(ahead.only)
+    ahead.catch_up(read(last=15))
+    feed.pass_on(10, read(last=16, complete=False))
+    written = ahead.take()
+    if not ahead.live:
+        written += ahead.catch_up(read(16, last=16))
+    assert [event.data for event in Decoder().feed(written)] == ["16"]
+
+
 def test_a_reset_at_a_close_opens_the_token_anew(feed: Feed) -> None:
     """One that was reset to a close has not seen it, and its cursor says so."""
     subscriber = subscribe(feed)
@@ -336,6 +349,26 @@ def test_a_risen_floor_takes_listeners_along(feed: Feed) -> None:
     assert subscriber.take() == b""
     send(feed, 41)
     assert got(subscriber) == ["41"]
+
+
+def test_a_history_that_was_lost_resets_everybody(feed: Feed) -> None:
+    """Wherever they were: its numbers begin anew, and so does what is certain of the token."""
+    one, ahead = subscribe(feed, 10), subscribe(feed, 50)
+    finished = subscribe(feed, 10)
+    finished.only.finished = True
+    send(feed, 12)
+    feed.restart(40)
+    for subscriber in (one, ahead):
+        (event,) = Decoder().feed(subscriber.take())
+        assert (event.event, event.id) == ("reset", "40")
+    assert finished.take() == b""
+    assert not feed.has_gap
+    send(feed, 41)
+    assert got(one) == got(ahead) == ["41"]
+    feed.restart(60)
+    assert b"reset" in one.take()
+    feed.raise_to(70, certain=True)
+    assert one.take() == b"id: 70\n\n", "nothing can have come and gone since"
 
 
 @pytest.mark.parametrize("case", ["had events", "had a head", "not certain"])

@@ -735,3 +735,21 @@ def test_emptied_tables_make_earlier_ids_unknown(history: DatabaseHistory) -> No
     add(history, "b")
     for cursor in (floor, old.seq):
         assert not history.locate("t", str(cursor)).known
+
+
+@real_commits
+def test_pending_events_that_others_settled_meanwhile(
+    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where fewer can be deleted than were read, nothing is kept, and all is looked at anew.
+
+    No database that is tested lets it come to that; the guard is for those that may.
+    """
+    settle = history.stage("t", [draft("a")])
+    delete = history._delete_pending
+    answers = [0]
+    monkeypatch.setattr(
+        history, "_delete_pending", lambda pks: answers.pop() if answers else delete(pks)
+    )
+    (entry,) = settle()
+    assert history.read("t", history.oldest("t")).entries == (entry,)

@@ -11,6 +11,7 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.test import AsyncRequestFactory
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from django_eventsource.history import Position
@@ -177,6 +178,7 @@ def test_many_threads(registry: Registry) -> None:
     assert is_empty(registry)
 
 
+@hypothesis_settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -212,6 +214,23 @@ def test_counts_are_those_of_the_open_streams(comers: list[Any]) -> None:
             assert registry.count(token) == expected
     open_ones.clear()
     assert not registry._counts
+
+
+async def test_whose_streams_there_may_be(registry: Registry) -> None:
+    """What no stream matches can be told without a look at each of them."""
+    stream = admit(registry, make_listener(user="7", session="s"))
+    other = admit(registry, make_listener())
+    assert registry.has(None, None)
+    assert registry.has("7", None)
+    assert registry.has(None, "s")
+    assert registry.has("7", "s")
+    assert not registry.has("8", None)
+    assert not registry.has("7", "r")
+    assert isinstance(stream, EventStream)
+    await stream.aclose()
+    assert not registry.has("7", None)
+    assert not registry.has(None, "s")
+    assert isinstance(other, EventStream)
 
 
 # Limits

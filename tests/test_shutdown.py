@@ -345,3 +345,26 @@ def test_a_process_without_streams_ends_as_ever() -> None:
         process.kill()
         raise
     assert process.returncode == -signal.SIGTERM
+
+
+async def test_a_signal_that_is_ignored_stays_so(before: list[int]) -> None:
+    """As with nohup: it is not taken."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    install(asyncio.get_running_loop())
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+
+
+async def test_a_process_that_did_not_end_opens_streams_again(
+    before: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler before may have something else in mind."""
+    monkeypatch.setattr(module, "RESUME_SECONDS", 0.05)
+    install(asyncio.get_running_loop())
+    stream = open_stream()
+    reading = asyncio.ensure_future(read_to_end(stream))
+    os.kill(os.getpid(), signal.SIGTERM)
+    await until(lambda: shutdown.begun)
+    await reading
+    await until(lambda: before)
+    await until(lambda: not shutdown.begun)

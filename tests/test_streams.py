@@ -185,8 +185,8 @@ def test_opening_of_several_tokens() -> None:
     (event,) = decoder.feed(stream._opening)
     assert split_cursor(event.id, ["a", "b", "c"]) == {"a": "5", "b": "6+", "c": "7"}
     assert json.loads(event.data) == {
-        "reason": "expired",
-        "after": "~xyz",
+        "reason": "unknown",
+        "after": None,
         "resume": event.id,
         "token": "b",
     }
@@ -829,7 +829,8 @@ async def test_several_tokens_on_one_stream(history: History) -> None:
     await last.__anext__()
     waiting = asyncio.ensure_future(Reader(last).read_to_end())
     await until(lambda: last._subscriber._waiter)
-    assert not get_hub()._feeds["b"].subscriptions, "it is closed for this listener"
+    feed = get_hub()._feeds.get("b")
+    assert feed is None or not feed.subscriptions, "it is closed for this listener"
     await apublish("a", "close", "a bye")
     await apublish("c", "close", "c bye")
     assert sorted(await waiting) == ["a bye", "c bye"]

@@ -31,7 +31,7 @@ from django_eventsource.listeners import Listener, registry
 from django_eventsource.policies import AllowAny
 from django_eventsource.shutdown import shutdown
 from django_eventsource.signals import stream_opened
-from django_eventsource.streams import Slot
+from django_eventsource.streams import Reason, Slot
 from django_eventsource.views import EventSourceView
 from django_eventsource.watch import Watch
 from tests.histories import add, draft, texts
@@ -103,6 +103,13 @@ def allow_any(settings) -> None:
     settings.EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
     settings.ROOT_URLCONF = __name__
     settings.EVENTSOURCE_POLL_SECONDS = 0.02
+
+
+@pytest.fixture(autouse=True)
+def nobody_listens() -> None:
+    """Streams that a failed test has left open do not count in the next one."""
+    for stream, _ in registry.streams():
+        stream.abort(Reason.CLOSED)
 
 
 @pytest.fixture
@@ -414,6 +421,7 @@ async def test_limits(client: AsyncClient, settings, name: str, url: str) -> Non
         assert decoder.retry_ms is not None
         assert 2_000 <= decoder.retry_ms <= 10_000
     assert await start(first)
+    await first._stream.aclose()
     assert await start(await client.get(url))
 
 
@@ -473,6 +481,7 @@ async def test_a_second_listener_is_locked_out(client: AsyncClient) -> None:
         assert response.status_code == 423
         assert response.content == b"Somebody listens to this token already, and only one may.\n"
     assert await start(first)
+    await first._stream.aclose()
     assert await start(await client.get("/alone/poll/u"))
 
 

@@ -609,3 +609,39 @@ async def test_who_has_just_left_is_not_listened_to(settings) -> None:
     # Another process's listeners count.
     history.announce("another", {"t": ["7"]}, 60)
     assert await watch.is_listened("t")
+
+
+@in_memory
+async def test_words_that_mean_nothing_here() -> None:
+    """Another action, and a session that nobody has: no stream ends."""
+    watch = get_watch()
+    stream = EventStream("t", get_history().locate("t", None))
+    assert watch.admit(stream, Listener(tokens=("t",), session="mine")) is None
+    watch._hear("another", "{}")
+    watch._hear(CLOSE, '{"session": "other"}')
+    assert stream.reason is None
+    watch._hear(CLOSE, '{"session": "mine"}')
+    assert stream.reason is Reason.CLOSED
+    await stream.aclose()
+
+
+@in_memory
+async def test_a_word_that_could_not_be_obeyed_is_heard_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fails on the way is taken up where it was left."""
+    stream = await open_stream()
+    await heard()
+    hear = Watch._hear
+    failures = [ConnectionError("away")]
+
+    def fail(self: Watch, action: str, data: str) -> None:
+        if failures:
+            raise failures.pop()
+        hear(self, action, data)
+
+    monkeypatch.setattr(Watch, "_hear", fail)
+    await aclose_streams(token="t")
+    await read_to_end(stream)
+    assert stream.reason is Reason.CLOSED
+    assert caplog.text.count("cannot be heard") == 1

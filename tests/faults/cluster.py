@@ -70,7 +70,7 @@ class Away(Listener):
         self.may_listen.set()
         self.may_read.set()
         self.connection: Connection | None = None
-        self.received = 0
+        self.has_stalled = False
 
     async def run(self) -> None:
         while True:
@@ -105,13 +105,16 @@ class Away(Listener):
             if not chunk:
                 return
             patience -= len(chunk)
+            if self.has_stalled:
+                # Its window stays small, and would open by a step every 40 ms.
+                raw: socket.socket = connection.writer.get_extra_info("socket")
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             *blocks, rest = (rest + chunk).split(b"\n\n")
             self._take(blocks)
 
     def _take(self, blocks: list[bytes]) -> None:
         # All listeners share the same bytes: five million of them are kept at once.
         self.blocks += [_known.setdefault(block, block) for block in blocks]
-        self.received += len(blocks)
         for block in reversed(blocks):
             cursor = parse(block).id
             if cursor is not None:
@@ -132,17 +135,14 @@ class Away(Listener):
     def stall(self) -> None:
         """Read nothing more, and let the kernel hold little."""
         self.may_read.clear()
-        self._let_kernel_hold(4 * 1024)
+        self.has_stalled = True
+        if self.connection is not None:
+            raw: socket.socket = self.connection.writer.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
 
     def go_on(self) -> None:
         """Read on."""
-        self._let_kernel_hold(256 * 1024)
         self.may_read.set()
-
-    def _let_kernel_hold(self, size: int) -> None:
-        if self.connection is not None:
-            raw: socket.socket = self.connection.writer.get_extra_info("socket")
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
     @property
     def place(self) -> int:
@@ -199,7 +199,8 @@ class Cluster:
 
     :param history: ``"postgres"`` or ``"redis"``.
     :param layer: ``"pubsub"``, ``"core"``, or ``None`` for none that processes share.
-    :param durable: does the Valkey server keep what it has acknowledged?
+    :param durable: does the Valkey server keep what it has acknowledged, when it is killed?
+    :param loses: is the history lost on the way?
     :param no_timeout: give the layer's hosts ``"socket_timeout": None``.
     :param seconds: within which everything has to be over.
     :param trims: does the history hold less than was published?
@@ -215,6 +216,7 @@ class Cluster:
         history_options: dict[str, Any] | None = None,
         layer_options: dict[str, Any] | None = None,
         durable: bool = False,
+        loses: bool = False,
         no_timeout: bool = False,
         own_postgres: bool = False,
         seconds: float = 120,
@@ -273,7 +275,7 @@ class Cluster:
                 }
             }
         self.settings = settings_
-        self.keeps = history == "postgres" or durable or not self.valkey
+        self.keeps = not loses
 
     # Starting and ending
 

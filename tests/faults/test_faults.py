@@ -39,9 +39,7 @@ async def test_servers_killed() -> None:
             await asyncio.to_thread(server.stop, signal.SIGKILL)
             server.start()
 
-    async with Cluster(
-        "servers killed", history="postgres", layer="core", no_timeout=True
-    ) as cluster:
+    async with Cluster("servers killed", history="postgres", layer="pubsub") as cluster:
         await cluster.listen()
         await cluster.publish(fault)
         await cluster.finish()
@@ -99,7 +97,9 @@ async def test_valkey_killed_without_its_data() -> None:
         await cluster.until(0.5)
         await kill_valkey(cluster, data=False)
 
-    async with Cluster("Valkey killed, data lost", history="redis", layer="pubsub") as cluster:
+    async with Cluster(
+        "Valkey killed, data lost", history="redis", layer="pubsub", loses=True
+    ) as cluster:
         await cluster.listen()
         await cluster.publish(fault)
         await cluster.finish(resets="all")
