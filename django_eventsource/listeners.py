@@ -140,7 +140,9 @@ registry = Registry()
 
 def hide_session(session_key: str) -> str:
     """Give what stands for a session's key where others could read it."""
-    return salted_hmac("django_eventsource.session", session_key).hexdigest()[:32]
+    return salted_hmac("django_eventsource.session", session_key, algorithm="sha256").hexdigest()[
+        :32
+    ]
 
 
 def _keys(listener: Listener) -> Iterator[tuple[Limit, str]]:

@@ -56,9 +56,8 @@ def valkey_server() -> ValkeyServer:
 
 
 @pytest.fixture(autouse=True)
-def empty_valkey() -> Iterator[None]:
-    """Leave no data in the shared Valkey server."""
-    yield
+def empty_valkey() -> None:
+    """Begin with no data in the shared Valkey server, if it runs."""
     empty_shared_server()
 
 

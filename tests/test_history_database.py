@@ -456,7 +456,7 @@ def test_serializable_transactions_are_tried_again() -> None:
 async def test_a_broken_connection_is_replaced(history: DatabaseHistory) -> None:
     """A read whose connection was cut fails; the next one has a new connection."""
     await history.aheads(["t"])
-    await asyncio.to_thread(cut_connections, history.using)
+    await asyncio.to_thread(in_thread, partial(cut_connections, history.using))
     with pytest.raises(DatabaseError):
         await history.aheads(["t"])
     assert not (await history.aheads(["t"]))["t"].life

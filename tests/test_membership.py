@@ -296,6 +296,31 @@ async def test_a_join_that_hangs_while_the_layer_is_replaced(
     assert feed.group in new.groups
 
 
+@pytest.mark.parametrize(
+    ("error", "deaf"), [(TimeoutError("slow"), True), (ConnectionError("refused"), False)]
+)
+async def test_a_probe_that_fails(
+    membership: tuple[Membership, dict[str, Feed]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    deaf: bool,
+) -> None:
+    """A broker that answers late may be deaf to us; one that is not there says nothing."""
+    one, feeds = membership
+    feed = make_feed()
+    feeds[feed.group] = feed
+
+    async def send(channel: str, message: dict[str, Any]) -> None:
+        raise error
+
+    monkeypatch.setattr(one.layer, "send", send)
+    monkeypatch.setattr(module, "DEAF_SECONDS", 0)
+    assert not one.check(shared=True)
+    assert one._probing is not None
+    await one._probing
+    assert one.check(shared=True) is deaf
+
+
 async def test_a_broker_that_is_down_is_told_once(
     membership: tuple[Membership, dict[str, Feed]], caplog: pytest.LogCaptureFixture
 ) -> None:
