@@ -67,6 +67,8 @@ def test_three_servers_are_one_site() -> None:
         for port in ports:
             page = httpx.get(f"http://127.0.0.1:{port}/", timeout=DEADLINE)
             assert page.status_code == 200
+            (script,) = re.findall(r'<script[^>]* src="([^"]+)"', page.text)
+            assert httpx.get(f"http://127.0.0.1:{port}{script}").status_code == 200
         heard: list[str] = []
         first, last = str(ports[0]), str(ports[-1])
         listening = threading.Thread(

@@ -13,6 +13,7 @@ from django.core.asgi import get_asgi_application
 from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from django_eventsource.asgi import Handover
 from testproject.hints import DEFAULT_PORT, DEFAULT_TOKEN, commands
 from testproject.machine import Publisher
 
@@ -54,7 +55,7 @@ class Command(BaseCommand):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         server = DemoServer(
-            ASGIStaticFilesHandler(get_asgi_application()),
+            ASGIStaticFilesHandler(Handover(get_asgi_application())),
             endpoints=build_endpoint_description_strings(host=address(host, port), port=port),
             ready_callable=lambda: self.say(host, *server.listening_addresses[0]),
         )

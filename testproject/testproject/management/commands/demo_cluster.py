@@ -115,7 +115,7 @@ def server(kind: str, listening: socket.socket) -> list[Any]:
     """Give the command line of a server on a socket that listens."""
     quiet = ["-v", "0"] if kind == "daphne" else ["--log-level", "warning"]
     fd = listening.fileno()
-    return [sys.executable, "-m", kind, *quiet, "--fd", fd, "testproject.asgi:application"]
+    return [sys.executable, "-m", kind, *quiet, "--fd", fd, "testproject.cluster_asgi:application"]
 
 
 def listen(port: int) -> socket.socket:
