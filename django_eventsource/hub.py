@@ -15,7 +15,7 @@ import logging
 import random
 import time
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from django.core.exceptions import ImproperlyConfigured
 
@@ -126,6 +126,9 @@ class Hub:
             try:
                 message = await membership.layer.receive(await membership.get_channel())
             except Exception as error:
+                if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
+                    # A time-out in the same moment has taken the cancellation's place.
+                    raise asyncio.CancelledError from error
                 # redis-py 8 ends a wait after 5 s by default.
                 if is_timeout(error) and time.monotonic() - began > IDLE_SECONDS:
                     logger.debug("The channel layer's socket_timeout ended a wait.")

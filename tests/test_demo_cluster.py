@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     """Start the command as make does."""
-    environment = {k: v for k, v in os.environ.items() if k != "DJANGO_SETTINGS_MODULE"}
+    others = ("DJANGO_SETTINGS_MODULE", "XDG_RUNTIME_DIR")
+    environment = {k: v for k, v in os.environ.items() if k not in others}
     return subprocess.Popen(
         [sys.executable, str(MANAGE), "demo_cluster", *arguments],
         env=environment | {"PYTHONUNBUFFERED": "1"},

@@ -746,3 +746,24 @@ async def test_a_token_that_is_finished_is_not_fed(hub: Hub) -> None:
     groups = {call[1] for call in layer_of(hub).calls if call[0] == "group_add"}
     assert groups == {group_name("open")}
     hub.unsubscribe(subscriber)
+
+
+class TimesOutWhenCancelled(FaultyLayer):
+    """A layer whose wait ends by a time-out in the moment in which it is cancelled."""
+
+    async def receive(self, channel: str) -> Any:
+        self._call("receive", channel)
+        try:
+            return await super().receive(channel)
+        except asyncio.CancelledError:
+            raise TimeoutError("at the same time") from None
+
+
+async def test_a_cancellation_that_a_time_out_hides(settings) -> None:
+    """The receive task ends all the same."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_hub.TimesOutWhenCancelled"}}
+    hub = get_hub()
+    await until(lambda: [call for call in layer_of(hub).calls if call[0] == "receive"])
+    hub._receiving.cancel()
+    await asyncio.wait([hub._receiving], timeout=SECONDS)
+    assert hub._receiving.cancelled()
