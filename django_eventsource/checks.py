@@ -107,8 +107,8 @@ def check_handover(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMess
         return []
     return [
         Warning(
-            "The ASGI application does not hand streams over: each costs about three times "
-            "the memory, and daphne buffers without bound for a listener that does not read.",
+            "The ASGI application does not hand streams over: each costs more memory "
+            "and CPU, and daphne buffers without bound for a listener that does not read.",
             hint=(
                 "In asgi.py: from django_eventsource.asgi import Handover; "
                 "application = Handover(get_asgi_application())"

@@ -18,7 +18,9 @@ from django.db import DatabaseError
 from django.urls import NoReverseMatch, reverse
 
 from .connection import Auth
+from .exceptions import EventSourceError
 from .grants import make_grant
+from .history import get_history
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -155,11 +157,19 @@ def positive_seconds(name: str, value: object) -> float:
     return seconds
 
 
+def expected() -> tuple[type[Exception], ...]:
+    """Give what publishing may raise that is to be told in one line."""
+    return (EventSourceError, ValueError, *get_history().failures)
+
+
 def sentence(error: Exception) -> str:
-    """Put an error in one line, with the way out where the database is what failed."""
-    text = " ".join(str(error).split()).rstrip(".") + "."
+    """Put an error in one line, with the way out where the history's store is what failed."""
+    notes = getattr(error, "__notes__", [])
+    text = " ".join(" ".join([str(error), *notes]).split()).rstrip(".") + "."
     if isinstance(error, DatabaseError):
         return f"The history's database failed: {text} Was `manage.py migrate` run?"
+    if not isinstance(error, EventSourceError | ValueError):
+        return f"The history's store failed: {text}"
     return text
 
 

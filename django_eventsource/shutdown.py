@@ -8,9 +8,11 @@ back after a random time, and then the handler that was there before is called.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import threading
+from collections.abc import Awaitable, Callable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -18,10 +20,13 @@ from typing import Any
 from .listeners import registry
 from .streams import COME_BACK_MS, Reason, jittered_ms
 
+logger = logging.getLogger("django_eventsource.shutdown")
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 0.5
 """How long streams may take to write their last bytes."""
 STEP_SECONDS = 0.01
+Farewell = Callable[[], Awaitable[None]]
 RESUME_SECONDS = 30.0
 """After how long streams are opened again, where the process has not ended after all."""
 
@@ -33,6 +38,8 @@ class Shutdown:
         self.begun = False
         """Has it begun? Then no new stream is opened."""
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.farewell: Farewell | None = None
+        """What to do after the streams have ended."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def on_signal(self, previous: Any, number: int, frame: FrameType | None) -> None:
@@ -45,11 +52,21 @@ class Shutdown:
         loop.call_soon_threadsafe(self._begin, loop, partial(call, previous, number, frame))
 
     def _begin(self, loop: asyncio.AbstractEventLoop, then: Any) -> None:
-        task = loop.create_task(end_streams(loop))
+        task = loop.create_task(self._end(loop))
         self._tasks.add(task)  # the loop itself holds tasks only weakly
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda task: then())
         loop.call_later(RESUME_SECONDS, self._resume)
+
+    async def _end(self, loop: asyncio.AbstractEventLoop) -> None:
+        await end_streams(loop)
+        if self.farewell is not None:
+            try:
+                async with asyncio.timeout(GRACE_SECONDS):
+                    await self.farewell()
+            except Exception:
+                # They are no longer counted when the lease has run out.
+                logger.warning("The lease could not be given up.", exc_info=True)
 
     def _resume(self) -> None:
         self.begun = False
@@ -58,11 +75,15 @@ class Shutdown:
 shutdown = Shutdown()
 
 
-def install(loop: asyncio.AbstractEventLoop) -> None:
-    """Take the signals, once, if this is the main thread: no other may."""
+def install(loop: asyncio.AbstractEventLoop, farewell: Farewell | None = None) -> None:
+    """Take the signals, once, if this is the main thread: no other may.
+
+    :param farewell: what to do after the streams have ended.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
     shutdown.loop = loop
+    shutdown.farewell = farewell
     for number in SIGNALS:
         previous = signal.getsignal(number)
         if previous == signal.SIG_IGN:

@@ -10,7 +10,7 @@ from typing import Any
 from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.asgi import ASGIRequest
-from django.db import DatabaseError, connections, transaction
+from django.db import connections, transaction
 from django.http import (
     HttpRequest,
     HttpResponse,
@@ -259,10 +259,10 @@ class EventSourceView(View):
             event = await apublish(token, action, value, event_class)
         except ValueError as error:
             return text_response(400, str(error))
-        except DatabaseError:
+        except get_history().failures:
             logger.exception("The history of %r failed.", token)
             return text_response(
-                503, "The history's database failed; the event may not have been published."
+                503, "The history's store failed; the event may not have been published."
             )
         except DeliveryFailed:
             logger.exception("A live-only event was lost.")

@@ -54,7 +54,7 @@ class Watch:
         self._words: deque[tuple[float, Selection]] = deque(maxlen=1000)
         self._beating = asyncio.Lock()
         self._beat_now = asyncio.Event()
-        install(hub.loop)
+        install(hub.loop, self.withdraw)
         hub.start(self._sweep_forever())
         hub.start(self._beat_forever())
         hub.start(self._hear_forever())
@@ -171,6 +171,13 @@ class Watch:
                 for _, listener in registry.streams(self.hub.loop):
                     self._changed.update(listener.tokens)
                 await self._announce(LEASE_BEATS * seconds)
+
+    async def withdraw(self) -> None:
+        """Give up the lease: nobody listens here any more."""
+        if conf.presence_seconds is not None:
+            async with self._beating:
+                self._changed.clear()
+                await get_history().awithdraw(self.process)
 
     async def _announce(self, lease_seconds: float) -> bool:
         changed, self._changed = self._changed, set()

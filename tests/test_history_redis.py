@@ -17,11 +17,17 @@ from typing import Any
 import pytest
 import redis
 from django.core.exceptions import ImproperlyConfigured
+from django.core.management import call_command
+from django.core.management.base import CommandError
+from django.test import AsyncClient
 
-from django_eventsource.history import Draft, Entry, Kind
+from django_eventsource.history import Draft, Entry, Kind, get_history
 from django_eventsource.history.redis import RedisHistory
 from django_eventsource.history.redis_hosts import Host
 from django_eventsource.history.redis_scripts import APPEND, FORGET
+from django_eventsource.hub import get_hub
+from django_eventsource.publishing import apublish
+from django_eventsource.streams import EventStream
 from tests.histories import add, age, age_server, draft, texts
 from tests.processes import start_python
 from tests.valkey import ValkeyServer, valkey
@@ -897,3 +903,87 @@ def test_hosts_are_told_apart_by_what_they_are(history: RedisHistory) -> None:
     age_server(host.client, 86_401)
     assert everything(history) == []
     assert history.heads(["t"])["t"].life
+
+
+# What users see of it
+
+AWAY = {
+    "BACKEND": "django_eventsource.history.redis.RedisHistory",
+    "OPTIONS": {"HOSTS": ["redis://127.0.0.1:1"], "TIMEOUT": 0.05},
+}
+
+
+@pytest.mark.parametrize(
+    "arguments", [("send_event", "t", "ping", "x"), ("prune_events",)], ids=lambda a: a[0]
+)
+def test_commands_where_the_server_is_away(settings, arguments: tuple[str, ...]) -> None:
+    """One line that says what failed and what to do, and no traceback."""
+    settings.EVENTSOURCE_HISTORY = AWAY
+    if arguments == ("prune_events",):
+        get_history()._announced["p"] = {"t"}  # type: ignore[attr-defined]
+    with pytest.raises(CommandError) as caught:
+        call_command(*arguments)
+    text = str(caught.value)
+    assert text.startswith("The history's store failed: Error 111 connecting to 127.0.0.1:1.")
+    assert "migrate" not in text
+    assert "\n" not in text
+
+
+@pytest.mark.django_db
+async def test_a_post_where_the_server_is_away(settings) -> None:
+    """503: the sender may try again."""
+    settings.EVENTSOURCE_HISTORY = AWAY
+    settings.EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
+    response = await AsyncClient().post("/events/ping/t", "x", content_type="text/plain")
+    assert response.status_code == 503
+    assert b"may not have been published" in response.content
+
+
+@pytest.mark.parametrize("listeners", [1, 30])
+async def test_round_trips_of_a_publish(
+    settings, valkey_server: ValkeyServer, listeners: int
+) -> None:
+    """One script and one PUBLISH, however many listen."""
+    settings.EVENTSOURCE_HISTORY = {**AWAY, "OPTIONS": {"HOSTS": [valkey_server.url]}}
+    settings.EVENTSOURCE_POLL_SECONDS = 600
+    settings.CHANNEL_LAYERS = {
+        "default": {
+            "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
+            "CONFIG": {"hosts": [{"address": valkey_server.url, "socket_timeout": None}]},
+        }
+    }
+    hub = get_hub()
+    began = hub._checked_at
+    async with asyncio.timeout(10):
+        while hub._checked_at == began:
+            await asyncio.sleep(0.01)  # the next head check, with its own message, is far away
+    streams = [EventStream("t", await get_history().alocate("t", None)) for _ in range(listeners)]
+    await apublish("t", "ping", "0")
+    for stream in streams:
+        await until_it_has(stream, b"data: 0")
+    before = calls(valkey_server)
+    for n in range(1, 11):
+        await apublish("t", "ping", str(n))
+    for stream in streams:
+        await until_it_has(stream, b"data: 10\n")
+    after = calls(valkey_server)
+    assert after["evalsha"] - before["evalsha"] == 10
+    assert after["publish"] - before["publish"] == 10
+    tasks = list(hub._tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await hub._membership.layer.flush()  # type: ignore[attr-defined]
+
+
+async def until_it_has(stream: EventStream, text: bytes) -> None:
+    async with asyncio.timeout(10):
+        body = b""
+        while text not in body:
+            body += await anext(stream)
+
+
+def calls(server: ValkeyServer) -> dict[str, int]:
+    """How often each command was run."""
+    stats = server.run("INFO", "commandstats")
+    return {name.removeprefix("cmdstat_"): of["calls"] for name, of in stats.items()}

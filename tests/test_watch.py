@@ -26,6 +26,7 @@ from django_eventsource.history.memory import MemoryHistory
 from django_eventsource.listeners import Listener, registry
 from django_eventsource.policies import AllowAny
 from django_eventsource.publishing import apublish, publish_event
+from django_eventsource.shutdown import shutdown
 from django_eventsource.streams import EventStream, Reason
 from django_eventsource.tokens import CONTROL_TOKEN
 from django_eventsource.views import EventSourceView
@@ -645,3 +646,37 @@ async def test_a_word_that_could_not_be_obeyed_is_heard_again(
     await read_to_end(stream)
     assert stream.reason is Reason.CLOSED
     assert caplog.text.count("cannot be heard") == 1
+
+
+@in_memory
+async def test_the_lease_is_given_up_at_the_end() -> None:
+    """A process that is told to end leaves no listener behind in the list."""
+    stream = await open_stream()
+    await get_watch().beat()
+    assert get_history().present("t") == [""]
+    assert shutdown.farewell is not None
+    await shutdown._end(asyncio.get_running_loop())
+    assert get_history().present("t") == []
+    assert stream.reason is Reason.SHUTDOWN
+
+
+@in_memory
+async def test_a_lease_that_cannot_be_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process ends all the same."""
+    get_watch()
+
+    async def fail(self: MemoryHistory, process: str) -> None:
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(MemoryHistory, "awithdraw", fail)
+    await shutdown._end(asyncio.get_running_loop())
+    assert "The lease could not be given up." in caplog.text
+
+
+@in_memory
+async def test_without_presence_there_is_no_lease(settings) -> None:
+    """Nothing is written then, at the end neither."""
+    settings.EVENTSOURCE_PRESENCE_SECONDS = None
+    await get_watch().withdraw()

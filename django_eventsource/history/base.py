@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DEFAULT_DB_ALIAS
+from django.db import DEFAULT_DB_ALIAS, DatabaseError
 
 from ..conf import number_error
 from ..events import Event, check_id, encode_text, retry_ms, split_lines
@@ -173,6 +173,9 @@ class History(ABC):
 
     shared = False
     """Do other processes see what this one appends?"""
+
+    failures: tuple[type[Exception], ...] = (DatabaseError,)
+    """What its methods raise when the store fails, which is nobody's mistake."""
 
     using: str = DEFAULT_DB_ALIAS
     """Which database's transaction must commit before its events are published?"""

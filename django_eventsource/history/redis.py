@@ -84,6 +84,7 @@ class RedisHistory(History):
             raise number_error("EVENTSOURCE_HISTORY TIMEOUT", TIMEOUT, "a positive number")
         self.prefix = PREFIX
         self._hosts = Hosts(HOSTS, TIMEOUT)
+        self.failures = (*self.failures, self._hosts.error)
         self._executors: dict[int, ThreadPoolExecutor] = {}
         self._leases: dict[str, dict[Host, bytes]] = {}
         self._announced: dict[str, set[str]] = {}

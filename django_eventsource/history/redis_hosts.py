@@ -148,6 +148,8 @@ class Hosts:
             raise ImproperlyConfigured(
                 f"{SETTING} must be a list of {HOST_FORMS}; not {_shown(hosts)}."
             )
+        self.error: type[Exception] = redis.exceptions.RedisError
+        """What all failures of the servers are."""
         self.all = [_make_host(redis, host, timeout) for host in hosts]
 
     def of(self, key: str) -> Host:

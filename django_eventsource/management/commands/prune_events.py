@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
-from django.db import DatabaseError
 
 from ...endpoints import sentence
 from ...history import get_history
@@ -24,8 +23,9 @@ class Command(BaseCommand):
 
         :raises CommandError: when the database fails.
         """
+        history = get_history()
         try:
-            removed = get_history().prune()
-        except DatabaseError as error:
+            removed = history.prune()
+        except history.failures as error:
             raise CommandError(sentence(error)) from error
         self.stdout.write(f"Removed {removed} event{'' if removed == 1 else 's'}.")

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import DatabaseError
 
 from ... import endpoints
 from ...conf import conf
 from ...events import JSONEvent, is_durable
-from ...exceptions import EventSourceError
 from ...layers import is_process_local
 from ...publishing import publish
 from ...sender import EventSender
@@ -86,7 +84,7 @@ class Command(BaseCommand):
         except BrokenPipeError:
             endpoints.discard_output(self.stdout)
             raise CommandError("Nobody reads standard output; the event was published.") from None
-        except (EventSourceError, ValueError, DatabaseError) as error:
+        except endpoints.expected() as error:
             raise CommandError(endpoints.sentence(error)) from error
 
     @contextlib.contextmanager
@@ -183,7 +181,7 @@ class Lines:
             raise CommandError(
                 f"Nobody reads standard output any more: {self.count()} published."
             ) from None
-        except (EventSourceError, ValueError, DatabaseError) as error:
+        except endpoints.expected() as error:
             self.clear_progress()
             raise CommandError(
                 f"Line {self.published + 1}: {endpoints.sentence(error)} "
