@@ -49,7 +49,7 @@ class Handover:
         if scope["type"] != "http":
             await self.application(scope, receive, send)
             return
-        slot = Slot()
+        slot = Slot(scope)
         gone = False
 
         async def receive_head() -> Message:

@@ -9,35 +9,53 @@ All of it belongs to one event loop's thread.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from .batches import Batch, merge
 from .history import Slice
+from .pacing import Pace
 from .subscribers import Subscription
 
 MAX_EARLY_BYTES = 256 * 1024
 """What a feed holds while an event before is missing. The history has it all."""
+MAX_HELD_BYTES = 32 * 1024
+"""What a busy feed holds before it passes it on."""
 
 
 class Feed:
-    """One token's events, in order, for the subscribers of one event loop."""
+    """One token's events, in order, for the subscribers of one event loop.
+
+    :param token: the token.
+    :param group: its group in the channel layer.
+    :param on_gap: called when an event is missing.
+    :param pace: says when to pass on what comes; at once if not given.
+    """
 
     __slots__ = (
         "_early",
         "_early_size",
+        "_held",
+        "_held_size",
         "_on_gap",
+        "_pace",
         "epoch",
+        "free_at",
         "group",
         "has_gap",
         "has_life",
         "joined",
         "joining",
         "last",
+        "reading",
+        "rest",
         "subscriptions",
         "token",
         "unheard",
     )
 
-    def __init__(self, token: str, group: str, on_gap: Callable[[], None]) -> None:
+    def __init__(
+        self, token: str, group: str, on_gap: Callable[[], None], pace: Pace | None = None
+    ) -> None:
         self.token = token
         self.group = group
         self.joined = False
@@ -45,7 +63,8 @@ class Feed:
         self.joining: asyncio.Task[None] | None = None
         """The hub's last attempt to join it."""
         self.last: int | None = None
-        """The newest sequence number passed on; ``None`` before the first catch-up."""
+        """The newest sequence number passed on or held; ``None`` before the first catch-up."""
+        self.free_at = self.rest = 0.0
         self.has_gap = False
         """Is an event held while one before it is missing?"""
         self.has_life = False
@@ -53,11 +72,16 @@ class Feed:
         self.epoch: str | None = None
         """The history's epoch at the last head check."""
         self.subscriptions: set[Subscription] = set()
+        self.reading = asyncio.Lock()
+        """Held while the history is read for its streams: what one reads, all get."""
         self.unheard = 0
         """Head checks in a row that found what the layer had not brought."""
         self._on_gap = on_gap
         self._early: dict[int, tuple[bytes, bool]] = {}
         self._early_size = 0
+        self._pace = pace
+        self._held: list[Batch] = []
+        self._held_size = 0
 
     def add(self, subscription: Subscription) -> None:
         """Feed a subscription, which is behind until its stream has caught up."""
@@ -69,23 +93,32 @@ class Feed:
         self.subscriptions.discard(subscription)
         subscription.feed = None
 
-    def receive(self, seq: int | None, frame: bytes, finish: bool) -> None:
-        """Take a frame from the layer; report a gap when one before it is missing."""
+    def receive(self, seq: int | None, frames: Sequence[bytes], finish: bool) -> None:
+        """Take frames from the layer; report a gap when one before them is missing.
+
+        :param seq: the first one's sequence number; ``None`` for live-only events.
+        :param finish: does the last one end the token's streams?
+        """
         if seq is None:
-            for subscription in self.subscriptions:
-                subscription.push(None, frame, finish)
+            self._emit(Batch(frames, finish=finish))
             return
         self.unheard = 0
-        if seq - 1 == self.last:
-            self._pass(seq, frame, finish)
-            self._pass_early()
-        elif self.last is None or seq > self.last:
-            if self._early_size + len(frame) <= MAX_EARLY_BYTES and seq not in self._early:
-                self._early[seq] = (frame, finish)
-                self._early_size += len(frame)
-            if self.last is not None:
-                self.has_gap = True
-                self._on_gap()
+        batch = Batch(frames, range(seq, seq + len(frames)), finish=finish)
+        if self.last is not None and seq - 1 <= self.last:
+            if seq + len(frames) - 1 > self.last:
+                self._pass(batch.after(self.last))
+                self._pass_early()
+            return
+        for n, frame in enumerate(frames, 1):
+            self._hold_early(seq + n - 1, frame, finish and n == len(frames))
+        if self.last is not None:
+            self.has_gap = True
+            self._on_gap()
+
+    def _hold_early(self, seq: int, frame: bytes, finish: bool) -> None:
+        if self._early_size + len(frame) <= MAX_EARLY_BYTES and seq not in self._early:
+            self._early[seq] = (frame, finish)
+            self._early_size += len(frame)
 
     def adopt(self, subscription: Subscription) -> None:
         """Let a subscription that has read up to a place be live, if the feed is not ahead.
@@ -109,9 +142,9 @@ class Feed:
                 return True  # the layer was faster: this says nothing any more
             self._reset(slice_.last, anew=slice_.closed, ahead=False)
             return False
-        for entry in slice_.entries:
-            if entry.seq > (self.last or 0):
-                self._pass(entry.seq, entry.frame(), entry.finishes)
+        for batch in slice_.batches:
+            if (batch.last or 0) > (self.last or 0):
+                self._pass(batch.after(self.last or 0))
         self._pass_early()
         return slice_.more and slice_.last > (self.last or 0)
 
@@ -128,6 +161,7 @@ class Feed:
 
     def _reset(self, position: int, *, anew: bool, ahead: bool) -> None:
         """Tell the listeners that they missed events; those ahead of them too if told."""
+        self.flush()
         self._early.clear()
         self._early_size = 0
         self.has_gap = False
@@ -149,6 +183,7 @@ class Feed:
             self._reset(floor, anew=False, ahead=False)
             self.has_life = False
         else:
+            self.flush()
             self.last = floor
             for one in self._behind(floor, ahead=False):
                 one.move(floor)
@@ -163,18 +198,45 @@ class Feed:
         live = [one for one in self.subscriptions if one.live and not one.finished]
         return live if ahead else [one for one in live if one.position < position]
 
-    def _pass(self, seq: int, frame: bytes, finish: bool) -> None:
-        self.last = seq
+    def _pass(self, batch: Batch) -> None:
+        """Pass on what is next."""
+        self.last = batch.last
         self.has_life = True
+        self._emit(batch)
+
+    def _emit(self, batch: Batch) -> None:
+        """Pass on, or hold where that would be too often."""
+        pace = self._pace
+        if pace is None or not (self._held or not pace.is_free(self)):
+            self._deliver(batch)
+            return
+        self._held.append(batch)
+        self._held_size += sum(map(len, batch.frames))
+        if batch.finish or self._held_size > MAX_HELD_BYTES:
+            self.flush()
+        else:
+            pace.hold(self)
+
+    def flush(self) -> None:
+        """Pass on what is held."""
+        held, self._held, self._held_size = self._held, [], 0
+        for batch in merge(held):
+            self._deliver(batch)
+
+    def _deliver(self, batch: Batch) -> None:
         for subscription in self.subscriptions:
-            subscription.push(seq, frame, finish)
+            subscription.push(batch)
+        if self._pace is not None:
+            self._pace.begin(self, len(batch.frames))
 
     def _pass_early(self) -> None:
         """Pass on what was held and is next; forget what is past."""
         if self._early and self.last is not None:
             self._early = {seq: held for seq, held in self._early.items() if seq > self.last}
             while self.last + 1 in self._early:
-                self._pass(self.last + 1, *self._early.pop(self.last + 1))
+                seq = self.last + 1
+                frame, finish = self._early.pop(seq)
+                self._pass(Batch([frame], [seq], finish=finish))
             self._early_size = sum(len(frame) for frame, _ in self._early.values())
         # Not reported again: who asked the history just now would ask in a circle.
         self.has_gap = bool(self._early)

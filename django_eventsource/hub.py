@@ -24,6 +24,8 @@ from .feeds import Feed
 from .history import History, Slice, get_history
 from .layers import MESSAGE_TYPE, is_process_local
 from .membership import PROBE_TYPE, Membership, is_timeout
+from .pacing import Pace
+from .reads import KEPT_SECONDS, Reads
 from .subscribers import Subscriber, share_of
 from .tokens import group_name
 
@@ -57,6 +59,8 @@ class Hub:
         self._pruning: asyncio.Task[None] | None = None
         self._checked_at = time.monotonic()
         self._membership = Membership(self.start, self._by_group)
+        self._pace = Pace(loop, _nobodys())
+        self._reads = Reads(self._read)
         self._receiving = self.start(self._receive())
         self.start(self._tend())
 
@@ -76,7 +80,9 @@ class Hub:
             token = subscription.token
             feed = self._feeds.get(token)
             if feed is None:
-                feed = self._feeds[token] = Feed(token, group_name(token), self._wake.set)
+                feed = self._feeds[token] = Feed(
+                    token, group_name(token), self._wake.set, self._pace
+                )
                 self._by_group[feed.group] = feed
             feed.add(subscription)
             if not feed.joined:
@@ -97,23 +103,24 @@ class Hub:
         self._keepalives.get(subscriber.keepalive_seconds or 0, set()).discard(subscriber)
 
     async def read(self, token: str, after: int) -> Slice:
-        """Read from the history, outside of any request's context.
+        """Read from the history for a stream that is subscribed."""
+        return await self._reads.read(self._feeds[token], after)
+
+    async def _read(self, token: str, after: int, max_events: int) -> Slice:
+        """Read outside of any request's context.
 
         A request's context would give every stream a thread of its own to read in.
         """
         budget = share_of(conf.stream_buffer_bytes)
-        return await self._run(self.history.aread(token, after, max_bytes=budget))
+        read = self.history.aread(token, after, max_events=max_events, max_bytes=budget)
+        return await self._run(read)
 
     # For publishers
 
-    def deliver(self, group: str, message: dict[str, Any]) -> None:
-        """Send to the hub's own layer, from any thread."""
+    def deliver(self, message: dict[str, Any]) -> None:
+        """Take a message of this process, from any thread, without a layer between."""
         with contextlib.suppress(RuntimeError):  # the loop was closed just now
-            self.loop.call_soon_threadsafe(self._deliver, group, message, context=_nobodys())
-
-    def _deliver(self, group: str, message: dict[str, Any]) -> None:
-        if group in self._by_group:
-            self.start(self._membership.layer.group_send(group, message))
+            self.loop.call_soon_threadsafe(self._take, message, context=_nobodys())
 
     # The receive task
 
@@ -145,10 +152,13 @@ class Hub:
                 continue
             failures = 0
             membership.hear()
-            try:
-                self._dispatch(message)
-            except Exception:
-                logger.exception("A channel-layer message could not be passed on.")
+            self._take(message)
+
+    def _take(self, message: Any) -> None:
+        try:
+            self._dispatch(message)
+        except Exception:
+            logger.exception("A message could not be passed on.")
 
     def _dispatch(self, message: Any) -> None:
         match message:
@@ -157,11 +167,11 @@ class Hub:
                 "group": str(group),
                 "seq": int() | None as seq,
                 "finish": bool(finish),
-                "frame": bytes(frame),
-            } if kind == MESSAGE_TYPE:
+                "frames": [bytes(), *_] as frames,
+            } if kind == MESSAGE_TYPE and all(isinstance(frame, bytes) for frame in frames):
                 feed = self._by_group.get(group)
                 if feed is not None:
-                    feed.receive(seq, frame, finish)
+                    feed.receive(seq, frames, finish)
             case {"type": str(kind)} if kind == PROBE_TYPE:
                 pass
             case _:
@@ -222,6 +232,7 @@ class Hub:
 
     async def _check_heads(self) -> None:
         self._leave_empty()
+        self._reads.forget(older_than=KEPT_SECONDS)
         known = {feed: feed.last for feed in self._feeds.values() if feed.last is not None}
         heads = await self.history.aheads([feed.token for feed in known])
         # An event cannot have come, been trimmed and been forgotten in less time.
@@ -272,6 +283,7 @@ class Hub:
     def _leave_empty(self) -> None:
         for feed in [feed for feed in self._feeds.values() if not feed.subscriptions]:
             del self._feeds[feed.token], self._by_group[feed.group]
+            self._reads.forget_feed(feed)
             self.start(self._membership.leave(feed.group))
 
     # Keepalives: one timer for all streams with the same interval

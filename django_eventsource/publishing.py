@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -14,10 +15,11 @@ from channels.layers import BaseChannelLayer
 from django.db import transaction
 from django.utils.asyncio import async_unsafe
 
+from .batches import Batch
 from .conf import check_event_class, conf
 from .events import Event, is_durable
 from .exceptions import DeliveryFailed, UnknownAction
-from .history import Draft, Entry, get_history
+from .history import Draft, Entry, Kind, get_history
 from .hub import hubs
 from .layers import MESSAGE_TYPE, get_layer, is_process_local
 from .signals import event_published
@@ -27,6 +29,14 @@ logger = logging.getLogger("django_eventsource.publishing")
 
 SEND_SECONDS = 2.0
 """How long a publisher waits for the channel layer."""
+BATCH_EVENTS = 500
+BATCH_BYTES = 256 * 1024
+"""What is appended at once, all or none."""
+MESSAGE_BYTES = 64 * 1024
+"""What is sent in one message, unless a single event is larger."""
+
+Item = tuple[str, str, Any]
+Prepared = tuple[Event, Draft]
 
 
 @async_unsafe("publish() blocks: in async code call `await apublish(...)` instead.")
@@ -59,14 +69,95 @@ async def apublish(
     return await sync_to_async(publish)(token, action, value, event_class)
 
 
+@async_unsafe("publish_many() blocks: in async code call `await apublish_many(...)` instead.")
+def publish_many(items: Iterable[Item], event_class: type[Event] | None = None) -> list[Event]:
+    """Publish many events: faster than one by one, by far.
+
+    All are checked before the first is published. The events of one token stay in their
+    order and are stored in batches, each all or none. Inside ``transaction.atomic`` all
+    are published when the transaction commits, or none.
+
+    :param items: a token, an action and a value of each event.
+    :param event_class: ``EVENTSOURCE_EVENT_CLASS`` if not given.
+    :returns: the events, in the order of the items; outside of a transaction with ids.
+    :raises ValueError: when an item is not acceptable; then nothing was published, and a
+        note on the error says which one it was.
+    :raises DeliveryFailed: when live-only events did not reach the channel layer. As with
+        an error of the history, a note says how many events had been published before.
+    """
+    event_class = conf.event_class if event_class is None else check_event_class(event_class)
+    pairs = []
+    for n, (token, action, value) in enumerate(items):
+        try:
+            pairs.append(prepare(token, action, value, event_class))
+        except ValueError as error:
+            error.add_note(f"It is item {n}, counted from 0; nothing was published.")
+            raise
+    published = 0
+    try:
+        for batch in publish_in_batches(pairs):
+            published += len(batch)
+    except Exception as error:
+        error.add_note(f"{published} of {len(pairs)} events had been published before.")
+        raise
+    return [event for event, _ in pairs]
+
+
+async def apublish_many(
+    items: Iterable[Item], event_class: type[Event] | None = None
+) -> list[Event]:
+    """Await :func:`publish_many`, which runs in Django's thread for synchronous work."""
+    return await sync_to_async(publish_many)(items, event_class)
+
+
 def publish_event(event: Event) -> Event:
     """Publish an event that is checked."""
-    draft = Draft.of(event)
-    if is_durable(type(event)):
-        _publish_durable(event, draft)
-    else:
-        _publish_live(event, draft)
+    _publish([event], [Draft.of(event)])
     return event
+
+
+def publish_in_batches(pairs: Iterable[Prepared]) -> Iterator[list[Event]]:
+    """Publish events that are prepared, and give each batch when it was.
+
+    All are of one class. Those of one token stay in their order.
+    """
+    by_token: dict[str, list[Prepared]] = defaultdict(list)
+    for event, draft in pairs:
+        by_token[event.token].append((event, draft))
+    for of_token in by_token.values():
+        for batch in _cut(of_token):
+            events = [event for event, _ in batch]
+            _publish(events, [draft for _, draft in batch])
+            yield events
+
+
+def _cut(pairs: Sequence[Prepared]) -> Iterator[Sequence[Prepared]]:
+    """Cut into batches of up to a number and a size."""
+    start = size = 0
+    for n, (_, draft) in enumerate(pairs):
+        if n > start and (n - start == BATCH_EVENTS or size + len(draft.data) > BATCH_BYTES):
+            yield pairs[start:n]
+            start, size = n, 0
+        size += len(draft.data)
+    if pairs:
+        yield pairs[start:]
+
+
+def _publish(events: Sequence[Event], drafts: Sequence[Draft]) -> None:
+    """Publish events of one class and token."""
+    if is_durable(type(events[0])):
+        _publish_durable(events, drafts)
+    else:
+        _publish_live(events, drafts)
+
+
+def prepare(token: str, action: str, value: Any, event_class: type[Event]) -> Prepared:
+    """Check an event, so that it can be published.
+
+    :raises ValueError: when something about it is not acceptable.
+    """
+    event = make_event(token, action, value, event_class)
+    return event, Draft.of(event)
 
 
 def make_event(token: str, action: str, value: Any, event_class: type[Event]) -> Event:
@@ -80,53 +171,98 @@ def make_event(token: str, action: str, value: Any, event_class: type[Event]) ->
     return event_class(token, action, value)
 
 
-def _publish_durable(event: Event, draft: Draft) -> None:
+def _publish_durable(events: Sequence[Event], drafts: Sequence[Draft]) -> None:
     history = get_history()
+    token = events[0].token
     if _in_transaction(history.using):
-        append = history.stage(event.token, [draft])
-        _on_commit(partial(_append, event, append), history.using)
+        append = history.stage(token, drafts)
+        _on_commit(partial(_append, events, append), history.using)
     else:
-        _append(event, partial(history.append, event.token, [draft]))
+        _append(events, partial(history.append, token, drafts))
 
 
-def _append(event: Event, append: Callable[[], list[Entry]]) -> None:
-    for entry in append():
-        event._seq = entry.seq
-        try:
-            _send(event.token, entry.seq, entry.frame(), entry.finishes)
-        except (Exception, asyncio.CancelledError):
-            # Not lost: every hub finds it in the history at its next head check. And not
-            # the caller's: its transaction has committed, though it may be cancelled.
-            logger.warning("The channel layer failed; listeners wait longer.", exc_info=True)
-    _tell(event)
+def _append(events: Sequence[Event], append: Callable[[], Sequence[Entry | None]]) -> None:
+    entries = append()
+    for event, entry in zip(events, entries, strict=True):
+        if entry is not None:
+            event._seq = entry.seq
+    try:
+        _send(events[0].token, list(_durable_batches(entries)))
+    except (Exception, asyncio.CancelledError):
+        # Not lost: every hub finds it in the history at its next head check. And not
+        # the caller's: its transaction has committed, though it may be cancelled.
+        logger.warning("The channel layer failed; listeners wait longer.", exc_info=True)
+    _tell(events)
 
 
-def _send_and_tell(event: Event, send: Callable[[], None]) -> None:
+def _durable_batches(entries: Iterable[Entry | None]) -> Iterator[Batch]:
+    """Encode entries, in batches of consecutive ones up to a size. A close ends a batch."""
+    frames: list[bytes] = []
+    first = size = 0
+    for entry in entries:
+        if entry is None:
+            continue  # trimmed already
+        if frames and (entry.seq != first + len(frames) or size > MESSAGE_BYTES):
+            yield Batch(frames, range(first, first + len(frames)))
+            frames = []
+        if not frames:
+            first, size = entry.seq, 0
+        frames.append(entry.frame())
+        size += len(frames[-1])
+        if entry.finishes:
+            yield Batch(frames, range(first, first + len(frames)), finish=True)
+            frames = []
+    if frames:
+        yield Batch(frames, range(first, first + len(frames)))
+
+
+def _live_batches(drafts: Iterable[Draft]) -> Iterator[Batch]:
+    """Encode live-only events, in batches up to a size. A close ends a batch."""
+    frames: list[bytes] = []
+    size = 0
+    for draft in drafts:
+        if size > MESSAGE_BYTES:
+            yield Batch(frames)
+            frames, size = [], 0
+        frames.append(draft.frame())
+        size += len(frames[-1])
+        if draft.kind == Kind.FINISH:
+            yield Batch(frames, finish=True)
+            frames, size = [], 0
+    if frames:
+        yield Batch(frames)
+
+
+def _send_and_tell(events: Sequence[Event], send: Callable[[], None]) -> None:
     send()
-    _tell(event)
+    _tell(events)
 
 
-def _tell(event: Event) -> None:
+def _tell(events: Sequence[Event]) -> None:
     """Send the signal. Its receivers are not the publisher's: what they raise is logged."""
-    if event.token == CONTROL_TOKEN:
+    sender = type(events[0])
+    if events[0].token == CONTROL_TOKEN or not event_published.has_listeners(sender):
         return
-    _off_the_loop(partial(event_published.send_robust, type(event), event=event))
+    for event in events:
+        _off_the_loop(partial(event_published.send_robust, sender, event=event))
 
 
-def _publish_live(event: Event, draft: Draft) -> None:
+def _publish_live(events: Sequence[Event], drafts: Sequence[Draft]) -> None:
     using = get_history().using
-    send = partial(_send, event.token, None, draft.frame(), event.action == event.FINISH)
+    token = events[0].token
+    send = partial(_send, token, list(_live_batches(drafts)))
     if _in_transaction(using):
-        _on_commit(partial(_send_and_tell, event, send), using)
+        _on_commit(partial(_send_and_tell, events, send), using)
         return
     try:
         send()
     except Exception as error:
+        what = "The event" if len(events) == 1 else f"Some of {len(events)} events"
         raise DeliveryFailed(
-            f"The event for {event.token!r} did not reach the channel layer ({error!r}). "
-            "It is live only and was not stored."
+            f"{what} for {token!r} did not reach the channel layer ({error!r}). "
+            f"{'It is' if len(events) == 1 else 'They are'} live only and never stored."
         ) from error
-    _tell(event)
+    _tell(events)
 
 
 def _in_transaction(using: str) -> bool:
@@ -160,27 +296,34 @@ def _on_commit(work: Callable[[], object], using: str) -> None:
     transaction.on_commit(run, using=using, robust=True)
 
 
-async def _group_send(layer: BaseChannelLayer, group: str, message: dict[str, Any]) -> None:
-    async with asyncio.timeout(SEND_SECONDS):
-        await layer.group_send(group, message)
+async def _group_send(
+    layer: BaseChannelLayer, group: str, messages: Iterable[dict[str, Any]]
+) -> None:
+    for message in messages:
+        async with asyncio.timeout(SEND_SECONDS):
+            await layer.group_send(group, message)
 
 
-def _send(token: str, seq: int | None, frame: bytes, finish: bool) -> None:
-    """Send a frame to every process's hub."""
+def _send(token: str, batches: Iterable[Batch]) -> None:
+    """Send frames to every process's hub."""
     group = group_name(token)
-    message = {
-        "type": MESSAGE_TYPE,
-        "group": group,
-        "seq": seq,
-        "finish": finish,
-        "frame": frame,
-    }
+    messages = [
+        {
+            "type": MESSAGE_TYPE,
+            "group": group,
+            "seq": batch.first,
+            "finish": batch.finish,
+            "frames": list(batch.frames),
+        }
+        for batch in batches
+    ]
     layer = get_layer()
     if layer is None or is_process_local():
         for hub in hubs():
-            hub.deliver(group, message)
+            for message in messages:
+                hub.deliver(message)
         return
-    _off_the_loop(partial(async_to_sync(_group_send), layer, group, message))
+    _off_the_loop(partial(async_to_sync(_group_send), layer, group, messages))
 
 
 def _off_the_loop(work: Callable[[], object]) -> None:

@@ -14,6 +14,7 @@ import asyncio
 import json
 from typing import Protocol
 
+from .batches import Batch
 from .cursors import join_cursor, short_key
 from .events import RESET
 from .frames import KEEPALIVE, encode_event, encode_id
@@ -61,6 +62,9 @@ class Passes(Protocol):
     def remove(self, subscription: Subscription) -> None:
         """Pass on nothing more to it."""
 
+    def flush(self) -> None:
+        """Pass on what is held for a moment."""
+
 
 class Subscription:
     """A stream's place in one token.
@@ -103,7 +107,7 @@ class Subscription:
         """Has it been taken for the socket?"""
         self._anew_at = position if anew else None
         self._key: bytes | None = None
-        self._held: bytes | None = None  # a live-only close that came while behind
+        self._held: Batch | None = None  # a live-only close that came while behind
 
     @property
     def place(self) -> tuple[bytes, int, bool]:
@@ -119,22 +123,24 @@ class Subscription:
             return join_cursor(one.place for one in self.subscriber.subscriptions)
         return cursor_at(self.position, closed=self.position == self._anew_at)
 
-    def push(self, seq: int | None, frame: bytes, finish: bool) -> None:
-        """Buffer a frame; when there is no room, fall behind instead."""
+    def push(self, batch: Batch) -> None:
+        """Buffer a batch; when there is no room, fall behind instead."""
         subscriber = self.subscriber
         if self.finished or subscriber.finished:
             return
-        if seq is None:
-            if finish and not self.live:
-                self._held = frame  # nothing comes after a close, so what is read comes before
-            elif subscriber.write_volatile(frame, finish):
-                self._finish(finish)
-        elif self.live and seq > self.position:
-            before, self.position = self.position, seq
-            frame = self._stamped(frame)
-            if subscriber.has_room(frame):
-                subscriber.write(frame)
-                self._finish(finish)
+        last, before = batch.last, self.position
+        if last is None:
+            if batch.finish and not self.live:
+                # Nothing comes after a close, so what is read comes before.
+                self._held = batch
+            elif subscriber.write_volatile(batch.data, batch.finish):
+                self._finish(batch.finish)
+        elif self.live and last > before:
+            data = self._pass(batch)
+            if subscriber.has_room(data):
+                subscriber.write(data)
+                if batch.finish:
+                    self._finish(True)
             else:
                 self.position = before
                 subscriber.overflow()
@@ -155,27 +161,24 @@ class Subscription:
 
         Gives the bytes to write, perhaps none.
         """
-        frames = []
+        chunk = b""
         if not slice_.complete:
             closed = slice_.closed
-            frames.append(self._moved(slice_.last, anew=closed, missing=True, after=self.position))
-        for entry in slice_.entries:
-            self.position = entry.seq
-            frames.append(self._stamped(entry.frame()))
-            if entry.finishes:
-                self.sent = self.position
-                self.live = self.done = True
-                self._finish(True)
-                if self.subscriber.finished:
-                    self.subscriber.end()
-                break
-        else:
-            # Before going live, which may buffer what the feed has held.
-            self.sent = self.position
-            if not slice_.more:
-                self.go_live()
-        self.subscriber.quiet = self.subscriber.quiet and not frames
-        return b"".join(frames)
+            chunk = self._moved(slice_.last, anew=closed, missing=True, after=self.position)
+        batch = slice_.batches[0] if slice_.batches else None
+        if batch is not None:
+            chunk += self._pass(batch)
+        self.sent = self.position
+        if batch is not None and batch.finish:
+            self.live = self.done = True
+            self._finish(True)
+            if self.subscriber.finished:
+                self.subscriber.end()
+        elif not slice_.more:
+            # After `sent`: it may buffer what the feed has held.
+            self.go_live()
+        self.subscriber.quiet = self.subscriber.quiet and not chunk
+        return chunk
 
     def go_live(self) -> None:
         """Become live, unless the feed is ahead of what was read."""
@@ -183,7 +186,7 @@ class Subscription:
             self.feed.adopt(self)
         if self.live and self._held is not None:
             held, self._held = self._held, None
-            self.push(None, held, True)
+            self.push(held)
 
     def fall_behind(self) -> None:
         """Go on from the history: the feed does not know what comes next."""
@@ -198,11 +201,19 @@ class Subscription:
         token = self.token if self.subscriber.joined else None
         return reset_frame("expired", after=str(after), resume=self.cursor, token=token)
 
-    def _stamped(self, frame: bytes) -> bytes:
-        """Give a durable frame the id that resumes all tokens of the stream."""
+    def _pass(self, batch: Batch) -> bytes:
+        """Move past durable events; give their bytes as this stream sends them."""
+        if (batch.first or 0) <= self.position:
+            batch = batch.after(self.position)
         if not self.subscriber.joined:
-            return frame
-        return b"id: %s\n%s" % (self.cursor.encode(), frame.partition(b"\n")[2])
+            self.position = batch.last or 0
+            return batch.data
+        stamped = []
+        for seq, frame in zip(batch.seqs or (), batch.frames, strict=True):
+            self.position = seq
+            # The id that resumes all tokens of the stream takes the place of its own.
+            stamped.append(b"id: %s\n%s" % (self.cursor.encode(), frame.partition(b"\n")[2]))
+        return b"".join(stamped)
 
     def _finish(self, finish: bool) -> None:
         if finish:
@@ -268,7 +279,9 @@ class Subscriber:
         self.quiet = False
         self._buffer.append(frame)
         self._size += len(frame)
-        self.wake()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def write_volatile(self, frame: bytes, finish: bool) -> bool:
         """Buffer an event that no history has; ``False`` when it was dropped instead."""
@@ -322,12 +335,33 @@ class Subscriber:
         self.wake()
 
     def finish(self, frame: bytes) -> None:
-        """Finish after what is buffered already, and this."""
+        """Finish after what has come already, and this."""
+        for one in self.subscriptions:
+            if one.feed is not None:
+                one.feed.flush()
         if not self.finished:
             self.finished = True
             for one in self.subscriptions:
                 one.live = one.finished = True
             self.write(frame)
+
+    def take_plain(self) -> bytes | None:
+        """Give all that is buffered by a live stream of one token, perhaps nothing.
+
+        The short way, which nearly every write takes; ``None``: take the long one.
+        """
+        one = self.subscriptions[0]
+        if self._lost or self.finished or self.joined or not one.live:
+            return None
+        buffer = self._buffer
+        if not buffer:
+            return b""
+        chunk = buffer[0] if len(buffer) == 1 else b"".join(buffer)
+        buffer.clear()
+        self._size = 0
+        self._volatile = False
+        one.sent = one.position
+        return chunk
 
     def take(self) -> bytes:
         """Give all that is buffered, as one write."""
@@ -369,12 +403,12 @@ class Subscriber:
         """Is there anything for the stream to do?"""
         return bool(self._buffer) or self._lost or self.finished or self.behind is not None
 
+    def waiter(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """Give what is done at the next news: there must be none yet."""
+        self._waiter = loop.create_future()
+        return self._waiter
+
     async def wait(self) -> None:
         """Wait until there are news."""
-        if self.has_news:
-            return
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        if not self.has_news:
+            await self.waiter(asyncio.get_running_loop())

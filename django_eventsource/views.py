@@ -36,7 +36,7 @@ from .listeners import Limit, Listener, registry
 from .policies import Policy, identify
 from .presence import is_listened
 from .publishing import apublish
-from .requests import address_of, keep_body, last_event_id, read_tokens, refresh, session_of
+from .requests import Snapshot, address_of, keep_body, last_event_id, read_tokens, session_of
 from .shutdown import shutdown
 from .signals import stream_opened
 from .streams import HEADERS, EventStream, EventStreamResponse, Slot, come_back_later
@@ -212,7 +212,7 @@ class EventSourceView(View):
         request.META["HTTP_ACCEPT_ENCODING"] = "identity"
         return EventStreamResponse(stream, request.scope.get(Slot.KEY))
 
-    async def listener(self, request: HttpRequest, tokens: list[str], policy: Policy) -> Listener:
+    async def listener(self, request: ASGIRequest, tokens: list[str], policy: Policy) -> Listener:
         """Say who is to listen."""
         listener = Listener(
             tokens=tuple(tokens),
@@ -223,10 +223,11 @@ class EventSourceView(View):
             sender=type(self),
         )
 
+        snapshot = Snapshot(request)
+
         async def recheck() -> bool:
-            refresh(request, listener.opened)
             try:
-                return await may_listen(policy, request, tokens)
+                return await may_listen(policy, snapshot.restore(listener.opened), tokens)
             except (NotAuthenticated, PermissionDenied):
                 return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +42,12 @@ def django_db_modify_db_settings(
     postgres_server: Any, mariadb_server: mariadb.Server | None
 ) -> None:
     """Start the database servers before the test databases are made."""
+
+
+def pytest_configure() -> None:
+    """Let SIGINT reach the servers that tests start, where a shell has it ignored: with ``&``."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:

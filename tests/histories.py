@@ -94,7 +94,8 @@ def age_server(client: Any, seconds: float) -> None:
             entries = client.xrange(key)
             client.delete(key)
             for entry_id, fields in entries:
-                client.xadd(key, {**fields, b"t": int(fields[b"t"]) - by}, entry_id)
+                at, lengths = fields[b"m"].split(b" ", 1)
+                client.xadd(key, {**fields, b"m": b"%d %s" % (int(at) - by, lengths)}, entry_id)
             client.pexpire(key, expires_in)
         if (expires_in := client.pttl(key)) > 0:
             client.pexpire(key, int(expires_in - seconds * 1000))

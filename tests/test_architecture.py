@@ -17,10 +17,11 @@ MAX_LINES = 400
 
 LAYERS = [
     # 0: the standard library only
-    ["exceptions", "frames"],
+    ["exceptions", "frames", "batches"],
     ["events"],
     # 1
     ["conf", "tokens", "signals"],
+    ["pacing"],
     ["grants"],
     # 2
     ["models", "history.base", "history.redis_scripts"],
@@ -34,7 +35,7 @@ LAYERS = [
     ["cursors"],
     ["subscribers"],
     ["feeds"],
-    ["membership"],
+    ["membership", "reads"],
     ["hub"],
     ["publishing", "streams"],
     ["listeners", "backpressure"],
@@ -52,7 +53,7 @@ LAYERS = [
 """The modules, lowest first. Each may import those in the rows above its own."""
 
 RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row}
-STANDARD_LIBRARY_ONLY = {"exceptions", "frames", "events"}
+STANDARD_LIBRARY_ONLY = {"exceptions", "frames", "batches", "events"}
 
 ASIDE = [["connection"], ["client", "sender"]]
 """The clients: each may import the rows above its own, ``ASIDE_MAY``, and httpx. No Django."""

@@ -144,7 +144,7 @@ class Hub:
     def receive(self, token: str, seq: int | None, frame: bytes, finish: bool = False) -> None:
         """What the layer brings."""
         if token in self.feeds:
-            self.feeds[token].receive(seq, frame, finish)
+            self.feeds[token].receive(seq, [frame], finish)
 
     def repair(self, token: str) -> None:
         """What the hub does at a gap and at a head check."""

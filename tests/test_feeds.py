@@ -28,7 +28,7 @@ def read(*seqs: int, last: int, complete: bool = True) -> Slice:
 def send(feed: Feed, seq: int | None, text: str = "", *, finish: bool = False) -> bool:
     """What the layer would bring; tell whether the feed has a gap."""
     one = draft(text or str(seq), kind=Kind.FINISH if finish else Kind.EVENT)
-    feed.receive(seq, one.frame(seq), finish)
+    feed.receive(seq, [one.frame(seq)], finish)
     return feed.has_gap
 
 
@@ -438,3 +438,150 @@ def test_whatever_the_layer_does_nothing_is_missing(data: st.DataObject) -> None
     assert [event.data for event in Decoder().feed(written)] == [
         str(n) for n in range(1, total + 1)
     ]
+
+
+# Pacing
+
+
+class Pace:
+    """Says when it may be passed on, as the test says."""
+
+    def __init__(self) -> None:
+        self.free = True
+        self.holding: list[Feed] = []
+        self.begun: list[int] = []
+
+    def is_free(self, feed: Feed) -> bool:
+        return self.free
+
+    def begin(self, feed: Feed, events: int) -> None:
+        self.begun.append(events)
+
+    def hold(self, feed: Feed) -> None:
+        self.holding.append(feed)
+
+
+@pytest.fixture
+def pace() -> Pace:
+    return Pace()
+
+
+@pytest.fixture
+def paced(pace: Pace) -> Feed:
+    return Feed("t", "g", lambda: None, pace)  # type: ignore[arg-type]
+
+
+def test_a_busy_feed_holds_and_passes_on_together(pace: Pace, paced: Feed) -> None:
+    """One write for each subscriber, the same bytes for all, in their order."""
+    one, two = subscribe(paced), subscribe(paced)
+    send(paced, 11)
+    pace.free = False
+    for seq in (12, None, 13, 14):
+        send(paced, seq, "" if seq else "live")
+    assert got(one) == ["11"]
+    assert pace.holding
+    pace.free = True
+    send(paced, 15)
+    assert got(one) == [], "what is held comes first"
+    paced.flush()
+    assert two._buffer[-1] is one._buffer[-1]
+    assert got(one) == ["12", "live", "13", "14", "15"]
+    assert got(two) == ["11", "12", "live", "13", "14", "15"]
+    assert pace.begun == [1, 1, 1, 3]
+    paced.flush()
+    assert got(one) == []
+
+
+def test_what_is_large_or_ends_streams_is_not_held(
+    pace: Pace, paced: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A close ends the streams at once; what is held is bounded."""
+    subscriber = subscribe(paced)
+    pace.free = False
+    monkeypatch.setattr(feeds, "MAX_HELD_BYTES", 100)
+    send(paced, 11)
+    assert got(subscriber) == []
+    send(paced, 12, "x" * 100)
+    assert got(subscriber) == ["11", "x" * 100]
+    send(paced, 13)
+    send(paced, 14, "bye", finish=True)
+    assert got(subscriber) == ["13", "bye"]
+    assert subscriber.finished
+
+
+def test_who_comes_while_events_are_held_gets_each_once(pace: Pace, paced: Feed) -> None:
+    """One that has read them already, one that has read some, one that stands before them."""
+    early = subscribe(paced)
+    pace.free = False
+    for seq in (11, 12, 13):
+        send(paced, seq)
+    late, between = Single(10, buffer_bytes=999, keepalive_seconds=None), subscribe(paced, 10)
+    paced.add(late.only)
+    assert not between.live, "the feed is ahead of it"
+    between.catch_up(read(11, 12, last=12))
+    late.catch_up(read(11, 12, 13, last=13))
+    assert late.live
+    paced.flush()
+    assert got(early) == ["11", "12", "13"]
+    assert got(late) == []
+    between.catch_up(read(13, last=13))
+    assert between.live
+    send(paced, 14)
+    paced.flush()
+    assert got(early) == got(late) == got(between) == ["14"]
+
+
+def test_held_events_come_before_a_reset(pace: Pace, paced: Feed) -> None:
+    """And before a move of the floor, and before a last word of the server."""
+    subscriber = subscribe(paced)
+    pace.free = False
+    send(paced, 11)
+    assert not paced.pass_on(11, read(last=20, complete=False))
+    chunk = subscriber.take()
+    assert [event.event for event in Decoder().feed(chunk)] == ["ping", "reset"]
+    send(paced, None, "live")
+    paced.has_life = False
+    paced.raise_to(30, certain=True)
+    assert got(subscriber) == ["live"]
+    send(paced, None, "last")
+    subscriber.finish(b"retry: 1\n\n")
+    assert got(subscriber) == ["last"]
+
+
+# Several frames in one message
+
+
+def test_a_message_of_several_frames(feed: Feed) -> None:
+    """It is passed on as one, without what was there already."""
+    subscriber = subscribe(feed)
+    frames = [entry(seq).frame() for seq in range(11, 16)]
+    feed.receive(11, frames[:2], False)
+    feed.receive(11, frames[:2], False)
+    feed.receive(12, frames[1:], True)
+    assert got(subscriber) == ["11", "12", "13", "14", "15"]
+    assert subscriber.finished
+
+
+def test_an_early_message_of_several_frames(feed: Feed) -> None:
+    """Each frame waits for the one before it; the close is the last one's."""
+    subscriber = subscribe(feed)
+    feed.receive(13, [entry(13).frame(), entry(14).frame()], True)
+    assert feed.has_gap
+    send(feed, 11)
+    assert got(subscriber) == ["11"]
+    send(feed, 12)
+    assert got(subscriber) == ["12", "13", "14"]
+    assert subscriber.finished
+    assert not feed.has_gap
+
+
+def test_a_batch_without_room_is_read_again(feed: Feed) -> None:
+    """None of it is lost, and none of it comes twice."""
+    subscriber = subscribe(feed, size=60)
+    send(feed, 11)
+    feed.receive(12, [entry(12).frame(), entry(13).frame()], False)
+    assert not subscriber.live
+    assert subscriber.position == 10
+    chunk = subscriber.catch_up(read(11, 12, 13, last=13))
+    assert [event.data for event in Decoder().feed(chunk)] == ["11", "12", "13"]
+    assert subscriber.live

@@ -114,8 +114,13 @@ def message(token: str, seq: int | None, text: str = "x") -> dict[str, Any]:
         "group": group_name(token),
         "seq": seq,
         "finish": False,
-        "frame": frame,
+        "frames": [frame],
     }
+
+
+async def bring(hub: Hub, message: dict[str, Any]) -> None:
+    """Send on the hub's layer."""
+    await layer_of(hub).group_send(group_name("t"), message)
 
 
 async def receive(subscriber: Subscriber, count: int) -> list[str]:
@@ -157,7 +162,7 @@ async def test_one_hub_for_a_loop(hub: Hub) -> None:
     assert len([call for call in layer_of(hub).calls if call[0] == "group_add"]) == 2
     assert len({call[-1] for call in layer_of(hub).calls}) == 1
     (entry,) = add(hub.history, "hello")
-    hub.deliver(group_name("t"), message("t", entry.seq, "hello"))
+    await bring(hub, message("t", entry.seq, "hello"))
     assert await receive(one, 1) == await receive(two, 1) == ["hello"]
 
 
@@ -183,7 +188,7 @@ def test_hubs_of_closed_loops_are_forgotten() -> None:
         task.cancel()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
-    hub.deliver("group", {})
+    hub.deliver({})
     assert hub not in hubs()
 
 
@@ -202,7 +207,7 @@ async def test_what_is_joined_is_what_is_received_on(settings) -> None:
     hub = get_hub()
     subscriber = await listen(hub)
     assert len({call[-1] for call in layer_of(hub).calls}) == 1
-    hub.deliver(group_name("t"), message("t", None, "live"))
+    await bring(hub, message("t", None, "live"))
     assert await receive(subscriber, 1) == ["live"]
 
 
@@ -232,17 +237,19 @@ async def test_running_loops_are_left_alone(hub: Hub) -> None:
 async def test_delivery_from_another_thread(hub: Hub) -> None:
     """A plain thread's message wakes the loop; nothing waits for the next head check."""
     subscriber = await listen(hub)
-    threading.Thread(
-        target=hub.deliver, args=[group_name("t"), message("t", None, "live")]
-    ).start()
+    threading.Thread(target=hub.deliver, args=[message("t", None, "live")]).start()
     assert await receive(subscriber, 1) == ["live"]
 
 
 async def test_messages_for_nobody_are_not_sent(hub: Hub) -> None:
-    """A token without listeners here costs no channel-layer call."""
+    """A token without listeners here costs no channel-layer call, and no task."""
     await until(lambda: len(hub._tasks) == 2)
-    hub._deliver(group_name("nobody"), message("nobody", 1))
+    calls = len(layer_of(hub).calls)
+    hub.deliver(message("nobody", 1))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
     assert len(hub._tasks) == 2
+    assert len(layer_of(hub).calls) == calls
 
 
 async def test_a_burst_beyond_the_layers_capacity(hub: Hub, settings) -> None:
@@ -250,7 +257,7 @@ async def test_a_burst_beyond_the_layers_capacity(hub: Hub, settings) -> None:
     subscriber = await listen(hub)
     entries = add(hub.history, *[str(n) for n in range(300)])
     for n, entry in enumerate(entries):
-        hub.deliver(group_name("t"), message("t", entry.seq, str(n)))
+        await bring(hub, message("t", entry.seq, str(n)))
     assert await receive(subscriber, 300) == [str(n) for n in range(300)]
 
 
@@ -268,7 +275,7 @@ async def test_a_gap_is_closed_before_the_next_head_check(settings) -> None:
     subscriber = await listen(hub)
     await until(lambda: hub._wake._waiters)
     entries = add(hub.history, "a", "b")
-    hub.deliver(group_name("t"), message("t", entries[1].seq, "b"))
+    await bring(hub, message("t", entries[1].seq, "b"))
     assert await receive(subscriber, 2) == ["a", "b"]
 
 
@@ -303,7 +310,9 @@ async def test_a_second_listener_at_the_head_reads_nothing(hub: Hub) -> None:
     [
         {"type": "chat.message"},
         {"seq": "5"},
-        {"frame": "text"},
+        {"frames": "text"},
+        {"frames": []},
+        {"frames": [b"x", "text"]},
         {"finish": None},
         {"group": 5},
     ],
@@ -314,8 +323,8 @@ async def test_foreign_messages_are_skipped(
 ) -> None:
     """A message that is not ours is logged, and the next one arrives."""
     subscriber = await listen(hub)
-    hub.deliver(group_name("t"), message("t", None) | changes)
-    hub.deliver(group_name("t"), message("t", None, "ours"))
+    await bring(hub, message("t", None) | changes)
+    await bring(hub, message("t", None, "ours"))
     assert await receive(subscriber, 1) == ["ours"]
     assert "not ours" in caplog.text
 
@@ -333,9 +342,9 @@ async def test_a_message_that_breaks_something_is_logged(
     broken = monkeypatch.context()
     with broken as patch:
         patch.setattr(hub, "_dispatch", lambda message: 1 / 0)
-        hub.deliver(group_name("t"), message("t", None, "lost"))
+        await bring(hub, message("t", None, "lost"))
         await until(lambda: "could not be passed on" in caplog.text)
-    hub.deliver(group_name("t"), message("t", None, "next"))
+    await bring(hub, message("t", None, "next"))
     assert await receive(subscriber, 1) == ["next"]
 
 
@@ -348,13 +357,13 @@ async def test_a_failing_layer_ends_no_stream(hub: Hub, caplog: pytest.LogCaptur
     layer = layer_of(hub)
     layer.fail["receive"] = 3
     layer.groups.clear()
-    hub.deliver(group_name("t"), message("t", None, "wake"))
+    await bring(hub, message("t", None, "wake"))
     await layer.group_send(group_name("t"), {})
     await layer.send(hub._membership.channel, message("t", None, "before"))
     assert await receive(subscriber, 1) == ["before"]
     await until(lambda: layer.fail["receive"] == 0 and group_name("t") in layer.groups)
     await until(lambda: subscriber.feed.joined)
-    hub.deliver(group_name("t"), message("t", None, "after"))
+    await bring(hub, message("t", None, "after"))
     assert await receive(subscriber, 1) == ["after"]
     assert "failed to receive" in caplog.text
 
@@ -368,7 +377,7 @@ async def test_a_group_that_cannot_be_joined_is_tried_again(
     add(hub.history, "from the history")
     assert await receive(subscriber, 1) == ["from the history"]
     await until(lambda: subscriber.feed.joined)
-    hub.deliver(group_name("t"), message("t", None, "live"))
+    await bring(hub, message("t", None, "live"))
     assert await receive(subscriber, 1) == ["live"]
     assert "Could not join" in caplog.text
 
@@ -507,7 +516,7 @@ async def test_the_hub_holds_on_to_no_request(hub: Hub) -> None:
         one = Request()
         request.set(one)
         hub._keep_alive(subscriber)
-        hub.deliver(group_name("t"), message("t", None, "live"))
+        hub.deliver(message("t", None, "live"))
         return weakref.ref(one)
 
     subscriber = await listen(hub)
@@ -546,7 +555,7 @@ async def test_a_listener_that_comes_back_at_once_stays_a_member(hub: Hub) -> No
     again = await listen(hub)
     await until(lambda: len(hub._tasks) == 2)
     assert channel in layer_of(hub).groups[group_name("t")]
-    hub.deliver(group_name("t"), message("t", None, "live"))
+    await bring(hub, message("t", None, "live"))
     assert await receive(again, 1) == ["live"]
 
 
@@ -590,7 +599,7 @@ async def test_keepalives_cost_no_message(hub: Hub) -> None:
     subscriber = await listen(hub, keepalive=0.002)
     (receiving,) = [task for task in hub._tasks if "_receive" in repr(task)]
     for n in range(100):
-        hub.deliver(group_name("t"), message("t", None, str(n)))
+        await bring(hub, message("t", None, str(n)))
         await asyncio.sleep(0.001)
     assert await receive(subscriber, 100) == [str(n) for n in range(100)]
     assert not receiving.done()
@@ -670,7 +679,7 @@ async def test_a_wait_that_timed_out_is_no_failure(
     subscriber = await listen(hub)
     layer = layer_of(hub)
     await until(lambda: not layer.times)  # type: ignore[attr-defined]
-    hub.deliver(group_name("t"), message("t", None, "live"))
+    await bring(hub, message("t", None, "live"))
     assert await receive(subscriber, 1) == ["live"]
     assert caplog.text == ""
     assert len([call for call in layer.calls if call[0] == "group_add"]) == 1
@@ -705,7 +714,7 @@ async def test_a_probe_is_no_foreign_message(hub: Hub, caplog: pytest.LogCapture
     """What the hub sends itself is skipped without a word."""
     subscriber = await listen(hub)
     await layer_of(hub).send(hub._membership.channel, {"type": membership.PROBE_TYPE})
-    hub.deliver(group_name("t"), message("t", None, "live"))
+    await bring(hub, message("t", None, "live"))
     assert await receive(subscriber, 1) == ["live"]
     assert caplog.text == ""
 
@@ -717,7 +726,7 @@ async def test_a_hub_whose_loop_closes_while_it_delivers() -> None:
         return get_hub()
 
     hub = await asyncio.to_thread(asyncio.run, start())
-    hub.deliver(group_name("t"), message("t", None))
+    await bring(hub, message("t", None))
     assert hub not in hubs()
 
 
@@ -733,7 +742,7 @@ async def test_a_shared_layer_that_forgot_a_group(
         add(hub.history, text)
         assert await receive(subscriber, 1) == [text]
     await until(lambda: group_name("t") in layer.groups)
-    hub.deliver(group_name("t"), message("t", None, "live"))
+    await bring(hub, message("t", None, "live"))
     assert await receive(subscriber, 1) == ["live"]
 
 

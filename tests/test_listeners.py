@@ -127,7 +127,7 @@ async def test_a_stream_left_in_its_slot_is_forgotten(registry: Registry) -> Non
 def admit_into_slot(registry: Registry) -> None:
     """What the view and Django's handler do, up to where the stream is to be served."""
     request: Any = AsyncRequestFactory().get("/")
-    slot = request.scope[Slot.KEY] = Slot()
+    slot = request.scope[Slot.KEY] = Slot({})
 
     async def recheck() -> bool:
         return request is not None

@@ -126,7 +126,7 @@ def live_message(token: str, text: str) -> dict[str, Any]:
         "group": group_name(token),
         "seq": None,
         "finish": False,
-        "frame": draft(text).frame(),
+        "frames": [draft(text).frame()],
     }
 
 

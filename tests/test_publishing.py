@@ -14,10 +14,10 @@ from django.db import connection, transaction
 from django.test import TestCase
 
 import django_eventsource
-from django_eventsource import apublish, publish, publishing
+from django_eventsource import apublish, apublish_many, publish, publish_many, publishing
 from django_eventsource.events import Event, EventId, JSONIdEvent, StringEvent
 from django_eventsource.exceptions import DeliveryFailed, InvalidToken, UnknownAction
-from django_eventsource.history import get_history
+from django_eventsource.history import Draft, Entry, get_history
 from django_eventsource.hub import get_hub
 from django_eventsource.layers import MESSAGE_TYPE
 from django_eventsource.models import PendingEvent, StoredEvent
@@ -68,9 +68,11 @@ def test_the_public_names() -> None:
         "aclose_streams",
         "alisteners",
         "apublish",
+        "apublish_many",
         "close_streams",
         "listeners",
         "publish",
+        "publish_many",
     ]
 
 
@@ -86,7 +88,7 @@ def test_publish_stores_and_sends(layer: SharedLayer) -> None:
         "group": group,
         "seq": int(event.id),
         "finish": False,
-        "frame": f"id: {event.id}\nevent: ping\ndata: a\ndata: b\n\n".encode(),
+        "frames": [f"id: {event.id}\nevent: ping\ndata: a\ndata: b\n\n".encode()],
     }
 
 
@@ -96,7 +98,7 @@ def test_publish_live_only(layer: SharedLayer, memory_history: Any) -> None:
     assert event.id is None
     ((_, message),) = layer.sent
     assert (message["seq"], message["finish"]) == (None, True)
-    assert message["frame"] == b"event: close\ndata: bye\n\n"
+    assert message["frames"] == [b"event: close\ndata: bye\n\n"]
     assert not memory_history.heads(["t"])["t"].life
 
 
@@ -125,7 +127,7 @@ def test_an_own_id_is_the_one_that_is_sent(layer: SharedLayer, memory_history: A
     event = publish("t", "ping", "x", Counted)
     assert event.id == "own-1"
     ((_, message),) = layer.sent
-    assert message["frame"].startswith(b"id: own-1\n")
+    assert message["frames"][0].startswith(b"id: own-1\n")
     assert memory_history.locate("t", "own-1").known
 
 
@@ -137,13 +139,13 @@ def test_a_number_as_own_id(layer: SharedLayer, memory_history: Any) -> None:
         id = 7
 
     publish("t", "ping", "x", Numbered)
-    assert layer.sent[0][1]["frame"].startswith(b"id: 7\n")
+    assert layer.sent[0][1]["frames"][0].startswith(b"id: 7\n")
 
 
 def test_default_value_is_empty(layer: SharedLayer, memory_history: Any) -> None:
     """A value is not needed."""
     publish("t", "close")
-    assert layer.sent[0][1]["frame"].endswith(b"event: close\ndata: \n\n")
+    assert layer.sent[0][1]["frames"][0].endswith(b"event: close\ndata: \n\n")
 
 
 # What is refused
@@ -394,10 +396,10 @@ async def test_publish_reaches_the_hubs_of_this_process(memory_history: Any, set
     """Without a shared layer every hub of the process is told, from any thread."""
     settings.CHANNEL_LAYERS = {}
     hub = get_hub()
-    got: list[tuple[str, dict[str, Any]]] = []
-    hub.deliver = lambda *args: got.append(args)  # type: ignore[method-assign]
+    got: list[dict[str, Any]] = []
+    hub.deliver = got.append  # type: ignore[method-assign]
     event = await apublish("t", "ping", "a")
-    assert [(group, message["seq"]) for group, message in got] == [
+    assert [(message["group"], message["seq"]) for message in got] == [
         (group_name("t"), int(event.id))
     ]
 
@@ -500,3 +502,173 @@ def test_a_coroutine_receiver_in_a_notebook(
     finally:
         event_published.disconnect(receive)
     assert got == [event]
+
+
+# Many at once
+
+
+def data(layer: SharedLayer) -> list[tuple[str, str]]:
+    """The group and the data of all that was sent, frame by frame."""
+    return [
+        (group, frame.decode().partition("data: ")[2].strip())
+        for group, message in layer.sent
+        for frame in message["frames"]
+    ]
+
+
+@real_commits
+@pytest.mark.parametrize("history", ["memory.MemoryHistory", "database.DatabaseHistory"])
+def test_publish_many(layer: SharedLayer, settings, history: str) -> None:
+    """Those of a token are consecutive and in their order, and go out in one message."""
+    settings.EVENTSOURCE_HISTORY = {"BACKEND": f"django_eventsource.history.{history}"}
+    items = [("t", "ping", "a"), ("u", "ping", "1"), ("t", "ping", "b"), ("t", "close", "bye")]
+    events = publish_many(items)
+    assert [(event.token, event.action, event.value) for event in events] == [
+        (token, action, [value]) for token, action, value in items
+    ]
+    numbers = [int(event.id) for event in events if event.token == "t"]
+    assert numbers == list(range(numbers[0], numbers[0] + 3))
+    assert texts(get_history().read("t", numbers[0] - 1).entries) == ["a", "b", "bye"]
+    assert texts(get_history().read("u", int(events[1].id) - 1).entries) == ["1"]
+    (_, first), (_, second) = layer.sent
+    assert (first["seq"], first["finish"], len(first["frames"])) == (numbers[0], True, 3)
+    assert (second["seq"], second["finish"]) == (int(events[1].id), False)
+    assert first["frames"][1] == f"id: {numbers[1]}\nevent: ping\ndata: b\n\n".encode()
+
+
+def test_publish_many_of_nothing(layer: SharedLayer, memory_history: Any) -> None:
+    """Nothing happens."""
+    assert publish_many([]) == publish_many(iter([]), StringEvent) == []
+    assert layer.sent == []
+
+
+def test_publish_many_live_only(layer: SharedLayer, memory_history: Any) -> None:
+    """A close ends a message: what follows it is for the listeners that come back."""
+    items = [("t", "ping", "a"), ("t", "close", "b"), ("t", "ping", "c")]
+    assert [event.id for event in publish_many(items, StringEvent)] == [None] * 3
+    sent = [(m["seq"], m["finish"], len(m["frames"])) for _, m in layer.sent]
+    assert sent == [(None, True, 2), (None, False, 1)]
+
+
+@pytest.mark.usefixtures("memory_history")
+@pytest.mark.parametrize("event_class", [None, StringEvent])
+def test_publish_many_is_cut_into_batches(
+    layer: SharedLayer, monkeypatch: pytest.MonkeyPatch, event_class: type[Event] | None
+) -> None:
+    """By number and by size; a message is not larger than is good for a broker."""
+    monkeypatch.setattr(publishing, "BATCH_EVENTS", 4)
+    monkeypatch.setattr(publishing, "BATCH_BYTES", 100)
+    monkeypatch.setattr(publishing, "MESSAGE_BYTES", 120)
+    appended: list[int] = []
+    history = get_history()
+    append = history.append
+    monkeypatch.setattr(
+        history,
+        "append",
+        lambda token, drafts: appended.append(len(drafts)) or append(token, drafts),
+    )
+    values = [*"abcdefghi", "x" * 60, "y" * 60, "z" * 200, "end"]
+    publish_many([("t", "ping", value) for value in values], event_class)
+    assert [text for _, text in data(layer)] == values
+    if event_class is None:
+        assert appended == [4, 4, 2, 1, 1, 1]
+    most = max(len(message["frames"]) for _, message in layer.sent)
+    assert most == (4 if event_class else 3), "an id makes a frame longer"
+    assert all(sum(map(len, m["frames"][:-1])) <= 120 for _, m in layer.sent)
+
+
+@pytest.mark.usefixtures("memory_history")
+@pytest.mark.parametrize("event_class", [None, StringEvent])
+def test_a_bad_item_publishes_nothing(layer: SharedLayer, event_class: type[Event] | None) -> None:
+    """The error names it."""
+    items = [("t", "ping", "a"), ("t", "nonsense", "b"), ("t", "ping", "c")]
+    with pytest.raises(UnknownAction) as caught:
+        publish_many(items, event_class)
+    assert caught.value.__notes__ == ["It is item 1, counted from 0; nothing was published."]
+    with pytest.raises(ValueError, match="token") as bad:
+        publish_many([*items[:1], *items[2:], ("", "ping", "")], event_class)
+    assert bad.value.__notes__ == ["It is item 2, counted from 0; nothing was published."]
+    assert layer.sent == []
+    assert not get_history().heads(["t"])["t"].life
+
+
+def test_a_failure_among_many(
+    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says how many had been published."""
+    monkeypatch.setattr(publishing, "BATCH_EVENTS", 2)
+    append = memory_history.append
+
+    def fail(token: str, drafts: Any) -> Any:
+        if drafts[0].data == b"c":
+            raise ConnectionError("away")
+        return append(token, drafts)
+
+    monkeypatch.setattr(memory_history, "append", fail)
+    with pytest.raises(ConnectionError, match="away") as caught:
+        publish_many([("t", "ping", text) for text in "abcde"])
+    assert caught.value.__notes__ == ["2 of 5 events had been published before."]
+    assert [text for _, text in data(layer)] == ["a", "b"]
+
+
+def test_many_live_only_events_that_failed(layer: SharedLayer, memory_history: Any) -> None:
+    """They are told of as one is."""
+    layer.error = ConnectionError("broken")
+    with pytest.raises(DeliveryFailed, match=r"^Some of 2 events for 't' .* never stored\."):
+        publish_many([("t", "ping", "a"), ("t", "ping", "b")], StringEvent)
+
+
+@real_commits
+@pytest.mark.parametrize("event_class", [None, StringEvent])
+def test_many_in_a_transaction(layer: SharedLayer, event_class: type[Event] | None) -> None:
+    """All of them at the commit, and none without one."""
+    items = [(token, "ping", str(n)) for n in range(700) for token in "tu"]
+    with pytest.raises(RuntimeError), transaction.atomic():
+        publish_many(items, event_class)
+        raise RuntimeError
+    assert (stored("t"), layer.sent) == ([], [])
+    with transaction.atomic():
+        events = publish_many(items, event_class)
+        assert (layer.sent, {event.id for event in events}) == ([], {None})
+    texts = [str(n) for n in range(700)]
+    assert [text for group, text in data(layer) if group == group_name("t")] == texts
+    assert [text for group, text in data(layer) if group == group_name("u")] == texts
+    if event_class is None:
+        assert stored("t") == stored("u") == texts
+        assert [int(event.id) for event in events[::2]] == list(
+            StoredEvent.objects.filter(head__token="t").values_list("seq", flat=True)
+        )
+    assert not PendingEvent.objects.exists()
+
+
+def test_numbers_that_others_took_in_between() -> None:
+    """What is not consecutive goes out in messages of its own; what was trimmed in none."""
+    numbers = [5, 6, 8, None, 9]
+    draft = Draft(action="ping", data=b"x")
+    batches = publishing._durable_batches(n and Entry(seq=n, draft=draft) for n in numbers)
+    assert [list(batch.seqs or ()) for batch in batches] == [[5, 6], [8, 9]]
+
+
+@real_commits
+async def test_publish_many_from_async_code(layer: SharedLayer) -> None:
+    """It is awaited; the plain one is refused on the loop's thread."""
+    events = await apublish_many([("t", "ping", "a"), ("t", "ping", "b")])
+    assert await sync_to_async(stored)() == ["a", "b"]
+    assert int(events[1].id) == int(events[0].id) + 1
+    with pytest.raises(SynchronousOnlyOperation, match="apublish_many"):
+        publish_many([("t", "ping", "c")])
+
+
+def test_many_are_told_of_one_by_one(layer: SharedLayer, memory_history: Any) -> None:
+    """Each event is a signal."""
+    heard: list[str] = []
+
+    def hear(event: Event, **kwargs: Any) -> None:
+        heard.append(event.id)
+
+    event_published.connect(hear)
+    try:
+        events = publish_many([("t", "ping", "a"), ("t", "ping", "b")])
+    finally:
+        event_published.disconnect(hear)
+    assert heard == [event.id for event in events]

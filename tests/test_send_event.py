@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from django_eventsource.events import Event
 from django_eventsource.grants import read_grant
 from django_eventsource.history import History
 from django_eventsource.management.commands import send_event
+from django_eventsource.publishing import Prepared
 from tests.scripted import Connection, Server, Step, answer
 
 urlpatterns = [path("ev/", include("django_eventsource.urls"))]
@@ -41,11 +42,19 @@ def mounted(settings: Any) -> None:
 class Published(list[tuple[str, str, str]]):
     """What was published in this process, in order; ids count from 1."""
 
-    def publish(self, token: str, action: str, value: str) -> Event:
-        event = Event(token, action, value)
-        self.append((token, action, value))
-        event.id = str(len(self))
-        return event
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
+    def publish(self, pairs: Sequence[Prepared]) -> Iterator[list[Event]]:
+        """Publish two at a time."""
+        for start in range(0, len(pairs), 2):
+            batch = [event for event, _ in pairs[start : start + 2]]
+            for event in batch:
+                self.append((event.token, event.action, "\n".join(event.value)))
+                event._seq = len(self)
+            self.batches.append(len(batch))
+            yield batch
 
     @property
     def values(self) -> list[str]:
@@ -56,7 +65,7 @@ class Published(list[tuple[str, str, str]]):
 def published(monkeypatch: pytest.MonkeyPatch) -> Published:
     """Note what the command publishes, in place of publishing it."""
     noted = Published()
-    monkeypatch.setattr(send_event, "publish", noted.publish)
+    monkeypatch.setattr(send_event, "publish_in_batches", noted.publish)
     return noted
 
 
@@ -207,7 +216,7 @@ def test_a_failing_database(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise OperationalError("no such table: x\nLINE 1.")
 
-    monkeypatch.setattr(send_event, "publish", fail)
+    monkeypatch.setattr(send_event, "publish_in_batches", fail)
     assert str(Run("42", "ping").error) == (
         "The history's database failed: no such table: x LINE 1. Was `manage.py migrate` run?"
     )
@@ -229,7 +238,7 @@ def test_live_only_events_over_a_shared_layer(
     """With a shared layer a live-only event is published; without an id none is printed."""
     settings.EVENTSOURCE_EVENT_CLASS = LIVE
     monkeypatch.setattr(send_event, "is_process_local", lambda: False)
-    monkeypatch.setattr(send_event, "publish", Event)
+    monkeypatch.setattr(send_event, "publish_in_batches", Published().publish)
     result = Run("42", "ping", "x")
     assert (result.error, result.out) == (None, "")
 
@@ -263,6 +272,7 @@ def test_lines(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, b"a\nb\r\n\n c ")
     result = Run("42", "ping", "--lines", "-")
     assert published.values == ["a", "b", "", " c "]
+    assert published.batches == [2, 1, 1], "what is there is published together"
     assert result.out == "1\n2\n3\n4\n"
     assert result.err.startswith("4 events published, ")
     assert result.err.endswith(" a second.\n")
@@ -336,8 +346,8 @@ def test_nobody_reads_the_ids(published: Published) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as out:
-        result = Run("42", "ping", "a\nb", "--lines", stdout=out)
-    assert str(result.error) == "Nobody reads standard output any more: 1 event published."
+        result = Run("42", "ping", "a\nb\nc\n", "--lines", stdout=out)
+    assert str(result.error) == "Nobody reads standard output any more: 2 events published."
 
 
 class Terminal(io.StringIO):
@@ -352,12 +362,12 @@ def test_progress_on_a_terminal(published: Published, monkeypatch: pytest.Monkey
     clock = itertools.count(0, 0.04)
     monkeypatch.setattr(send_event.time, "monotonic", lambda: next(clock))
     err = Terminal()
-    Run("42", "ping", "a\nb\nc", "--lines", stderr=err, no_color=True)
+    Run("42", "ping", "a\nb\nc\nd\ne\nf\n", "--lines", stderr=err, no_color=True)
     shown = err.getvalue().split("\r")
     assert shown == [
         "",
-        "3 events, 19 a second\x1b[K",
-        "\x1b[K3 events published, 15 a second.\n",
+        "6 events, 38 a second\x1b[K",
+        "\x1b[K6 events published, 30 a second.\n",
     ]
 
 

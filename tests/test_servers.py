@@ -182,8 +182,9 @@ def exit_status(kind: str, how: signal.Signals) -> int:
 async def rest_of(connection: Connection) -> bytes:
     """Read up to the end of the body."""
     body = b""
-    while chunk := await connection.read():
-        body += chunk
+    async with asyncio.timeout(DEADLINE):  # a stream that does not end has keepalives
+        while chunk := await connection.read():
+            body += chunk
     return body
 
 

@@ -15,6 +15,7 @@ import pytest
 from django.test import AsyncClient
 
 from django_eventsource import shutdown as module
+from django_eventsource.batches import Batch
 from django_eventsource.frames import encode_event
 from django_eventsource.history import History, get_history
 from django_eventsource.listeners import Listener, registry
@@ -106,9 +107,9 @@ async def test_what_is_buffered_goes_first(before: list[int], settings) -> None:
     reading = asyncio.ensure_future(stream.__anext__())
     await until(lambda: stream._subscriber._waiter)
     (subscription,) = stream._subscriber.subscriptions
-    subscription.push(None, encode_event("ping", b"x", None), False)
+    subscription.push(Batch([encode_event("ping", b"x", None)]))
     first = await reading
-    subscription.push(None, encode_event("ping", b"y", None), False)
+    subscription.push(Batch([encode_event("ping", b"y", None)]))
     ending = asyncio.create_task(end_streams(asyncio.get_running_loop()))
     await asyncio.sleep(0)
     rest = await read_to_end(stream)

@@ -224,7 +224,7 @@ async def test_buffered_events_are_one_write(history: History) -> None:
     await is_waiting()
     feed = get_hub()._feeds["t"]
     for entry in add(history, *"abc"):
-        feed.receive(entry.seq, entry.frame(), entry.finishes)
+        feed.receive(entry.seq, [entry.frame()], entry.finishes)
     await waiting
     assert [event.data for event in reader.events] == ["a", "b", "c"]
     await reader.stream.aclose()
@@ -445,11 +445,11 @@ async def test_ending_gives_what_is_buffered_first(history: History) -> None:
     await is_waiting()
     feed = get_hub()._feeds["t"]
     for entry in add(history, *"ab"):
-        feed.receive(entry.seq, entry.frame(), entry.finishes)
+        feed.receive(entry.seq, [entry.frame()], entry.finishes)
     reader.stream.end(Reason.AGE, 1234)
     reader.stream.end(Reason.CLOSED, 99)
     for entry in add(history, "c"):
-        feed.receive(entry.seq, entry.frame(), entry.finishes)
+        feed.receive(entry.seq, [entry.frame()], entry.finishes)
     await waiting
     assert await reader.read_to_end() == ["a", "b"]
     assert reader.decoder.retry_ms == 1234
@@ -695,6 +695,7 @@ async def test_a_history_that_lags_is_asked_again(
     await second.chunk()
     await apublish("t", "ping", "a")
     assert await first.read(1) == ["a"]
+    get_hub()._reads.forget()
     real = history.read
     stale = [1, 2, 3]
 
@@ -752,7 +753,7 @@ def sent_by_django(stream: EventStream, slot: Slot) -> EventStreamResponse:
 
 async def test_a_response_leaves_its_stream_in_the_slot() -> None:
     """Whoever made the slot serves the stream; Django sends an empty body."""
-    stream, slot = open_stream(), Slot()
+    stream, slot = open_stream(), Slot({})
     response = sent_by_django(stream, slot)
     assert slot.stream is None
     assert [chunk async for chunk in response] == []
@@ -763,7 +764,7 @@ async def test_a_response_leaves_its_stream_in_the_slot() -> None:
 async def test_a_stream_that_middleware_reads_is_not_handed_over() -> None:
     """Neither one that it wraps, nor one that it takes the body of."""
     first = first_bytes(get_history().locate("t", None), asked=None, durable=True)
-    stream, slot = open_stream(), Slot()
+    stream, slot = open_stream(), Slot({})
     response = EventStreamResponse(stream, slot)
     assert await anext(aiter(response)) == first
     assert slot.stream is None

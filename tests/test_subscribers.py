@@ -28,7 +28,7 @@ def read(*seqs: int, last: int, complete: bool = True) -> Slice:
 def send(feed: Feed, seq: int | None, text: str = "", *, finish: bool = False) -> None:
     """What the layer would bring."""
     one = draft(text or str(seq), kind=Kind.FINISH if finish else Kind.EVENT)
-    feed.receive(seq, one.frame(seq), finish)
+    feed.receive(seq, [one.frame(seq)], finish)
 
 
 def subscribe(feed: Feed, position: int = 10, *, size: int = 10_000) -> Single:
@@ -198,7 +198,7 @@ def test_a_frame_is_stamped_whatever_its_id() -> None:
     """The id line is replaced, and nothing else of the frame."""
     pair = Pair()
     frame = draft("one\ntwo", own_id="own").frame(11)
-    pair.feeds["a"].receive(11, frame, False)
+    pair.feeds["a"].receive(11, [frame], False)
     assert pair.subscriber.take() == frame.replace(b"own", cursor(11, 20).encode(), 1)
 
 

@@ -649,7 +649,7 @@ async def test_a_listener_can_be_checked_again(
 async def test_the_stream_is_left_in_the_scopes_slot() -> None:
     """Where the ASGI wrapper has made one, Django's own body is empty."""
     request = AsyncRequestFactory().get("/")
-    slot = request.scope[Slot.KEY] = Slot()
+    slot = request.scope[Slot.KEY] = Slot(request.scope)
     response: Any = await EventSourceView.as_view()(request, action="poll", token="t")
     response._handler_class = object  # as Django's handler marks what it sends
     assert [chunk async for chunk in response] == []

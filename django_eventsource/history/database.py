@@ -33,6 +33,8 @@ from .transactions import Overtaken, delete, in_transaction
 logger = logging.getLogger("django_eventsource.history")
 
 BATCH = 500
+COLUMNS = ("seq", "action", "data", "event_id", "kind")
+KINDS = {kind.value: kind for kind in Kind}
 HEAD_CHECK_PATIENCE = 0.5
 """Seconds for which a head check tries to get its turn: others wait for it, and it comes
 again."""
@@ -76,7 +78,7 @@ class DatabaseHistory(History):
 
         return self._in_transaction(work, doubtful=doubtful)
 
-    def stage(self, token: str, drafts: Sequence[Draft]) -> Callable[[], list[Entry]]:
+    def stage(self, token: str, drafts: Sequence[Draft]) -> Callable[[], Sequence[Entry | None]]:
         now = timezone.now()
         key = token_key(token)
         rows = [
@@ -154,16 +156,14 @@ class DatabaseHistory(History):
             )
         return found == ref
 
-    def _settled(self, token: str, refs: Sequence[uuid.UUID]) -> list[Entry]:
-        """Give staged events their place, or find the place that others gave them.
-
-        One that others settled and trimmed already is not among them.
-        """
+    def _settled(self, token: str, refs: Sequence[uuid.UUID]) -> list[Entry | None]:
+        """Give staged events their place, or find the place that others gave them."""
         settled = self._settle(token)
         missing = [ref for ref in refs if ref not in settled]
-        rows = self._rows(token).filter(ref__in=missing) if missing else []
-        settled.update({row.ref: _entry(row) for row in rows})
-        return [settled[ref] for ref in refs if ref in settled]
+        for start in range(0, len(missing), BATCH):
+            rows = self._rows(token).filter(ref__in=missing[start : start + BATCH])
+            settled.update({ref: _entry(*row) for ref, *row in rows.values_list("ref", *COLUMNS)})
+        return [settled.get(ref) for ref in refs]
 
     def _settle(self, token: str, *, patience: float | None = None) -> dict[uuid.UUID, Entry]:
         """Give every pending event of the token its sequence number."""
@@ -211,7 +211,8 @@ class DatabaseHistory(History):
             if until and size > max_bytes:
                 break
             until = seq
-        entries = tuple(_entry(row) for row in rows.filter(seq__lte=until))
+        # Tuples: making a model's instance takes longer than all the rest.
+        entries = tuple(_entry(*row) for row in rows.filter(seq__lte=until).values_list(*COLUMNS))
         first = entries[0].seq if entries else 0
         # The floor is the only number below a life that listeners were given.
         complete = first == after + 1 or (after == floor and first == head.first)
@@ -369,11 +370,12 @@ def _seconds(seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=min(seconds, 10**9))
 
 
-def _draft(row: StoredEvent | PendingEvent) -> Draft:
+def _draft(row: PendingEvent) -> Draft:
     return Draft(
         action=row.action, data=bytes(row.data), event_id=row.event_id, kind=Kind(row.kind)
     )
 
 
-def _entry(row: StoredEvent) -> Entry:
-    return Entry(seq=row.seq, draft=_draft(row))
+def _entry(seq: int, action: str, data: bytes, event_id: str | None, kind: str) -> Entry:
+    draft = Draft(action=action, data=bytes(data), event_id=event_id, kind=KINDS[kind])
+    return Entry(seq=seq, draft=draft)

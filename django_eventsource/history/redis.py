@@ -28,7 +28,7 @@ import json
 import os
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -45,6 +45,7 @@ DEFAULT_HOSTS = ("redis://127.0.0.1:6379",)
 THREADS = 8
 """For all awaited calls of a process."""
 BATCH = 500
+KINDS = {kind.value.encode(): kind for kind in Kind}
 """Tokens of which the listeners are written in one round trip."""
 PRESENT_SECONDS = 86_400
 """How long the listeners of a token are kept. Leases are what counts."""
@@ -127,12 +128,17 @@ class RedisHistory(History):
         if found is None:
             (floor, _), _ = self._with_floor(host, [])
             return Slice(complete=after == floor, last=floor)
-        last, rows = int(found[0]), found[2]
+        last = int(found[0])
         closed = found[1] is not None and int(found[1]) == last
-        follows = after == last if not rows else _follows(*rows[0]) == after
-        complete = follows or (bool(rows) and _seq(rows[0][0]) == after + 1)
-        entries = tuple(_entry(*row) for row in rows) if complete else ()
-        return Slice(entries=entries, complete=complete, last=last, closed=closed)
+        entries = tuple(_unpack(found[3].split(), found[4]))
+        if not entries:
+            return Slice(complete=after == last, last=last, closed=closed)
+        first = entries[0].seq
+        # What a new run of numbers follows is said by its first event.
+        complete = after in (first - 1, int(found[2] or first - 1))
+        return Slice(
+            entries=entries if complete else (), complete=complete, last=last, closed=closed
+        )
 
     def heads(self, tokens: Iterable[str]) -> dict[str, Head]:
         heads: dict[str, Head] = {}
@@ -313,29 +319,34 @@ def _seq(entry_id: bytes) -> int:
     return int(entry_id.partition(b"-")[0])
 
 
-def _fields(fields: Any) -> dict[bytes, bytes]:
-    """Give an entry's fields: a script gives a list, redis-py makes a dictionary."""
-    if isinstance(fields, list):
-        return dict(zip(fields[::2], fields[1::2], strict=True))
-    return dict(fields)
-
-
-def _follows(entry_id: bytes, fields: Any) -> int:
+def _follows(entry_id: bytes, fields: Mapping[bytes, bytes]) -> int:
     """Give the place that an entry follows."""
-    before = _fields(fields).get(b"p")
+    before = fields.get(b"p")
     return _seq(entry_id) - 1 if before is None else int(before)
 
 
-def _entry(entry_id: bytes, fields: Any) -> Entry:
-    values = _fields(fields)
-    own_id = values.get(b"i")
-    draft = Draft(
-        action=values[b"a"].decode(),
-        data=values[b"d"],
-        event_id=None if own_id is None else own_id.decode(),
-        kind=Kind(values[b"k"].decode()),
-    )
-    return Entry(seq=_seq(entry_id), draft=draft)
+def _unpack(lengths: Sequence[bytes], texts: bytes) -> Iterator[Entry]:
+    """Read what the scripts packed."""
+    at = 0
+    numbers = map(int, lengths)
+    for seq, _, action, data, kind, own_id in zip(*[numbers] * 6, strict=True):
+        data_at = at + action
+        kind_at = data_at + data
+        own_at = kind_at + kind
+        end = own_at + own_id
+        draft = Draft(
+            action=texts[at:data_at].decode(),
+            data=texts[data_at:kind_at],
+            event_id=texts[own_at:end].decode() if own_id else None,
+            kind=KINDS[texts[kind_at:own_at]],
+        )
+        yield Entry(seq=seq, draft=draft)
+        at = end
+
+
+def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
+    (entry,) = _unpack([str(_seq(entry_id)).encode(), *fields[b"m"].split()], fields[b"e"])
+    return entry
 
 
 def _identities(value: bytes) -> list[str]:

@@ -159,7 +159,7 @@ async def test_garbage_in_the_groups(layer: str) -> None:
     shapes: list[dict[str, Any]] = [
         {"type": "other"},
         {"type": MESSAGE_TYPE},
-        {"type": MESSAGE_TYPE, "group": 1, "seq": "x", "finish": None, "frame": "text"},
+        {"type": MESSAGE_TYPE, "group": 1, "seq": "x", "finish": None, "frames": "text"},
         {"no": "type"},
         {},
     ]

@@ -6,8 +6,8 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
@@ -15,15 +15,23 @@ from ... import endpoints
 from ...conf import conf
 from ...events import JSONEvent, is_durable
 from ...layers import is_process_local
-from ...publishing import publish
+from ...publishing import Prepared, prepare, publish_in_batches
 from ...sender import EventSender
 from ...tokens import check_token
 
 PROGRESS_SECONDS = 0.1
 """The time between two updates of the progress display."""
 
-Send = Callable[[str], str | None]
-"""Publishes a value and gives the event's id."""
+READ_BYTES = 64 * 1024
+
+
+class Send(NamedTuple):
+    """How events are published."""
+
+    prepare: Callable[[str], Any]
+    """Makes what is published of a value, or raises ``ValueError``."""
+    send: Callable[[Sequence[Any]], Iterable[list[str | None]]]
+    """Publishes such, and gives the events' ids as far as it has come."""
 
 
 class Command(BaseCommand):
@@ -78,7 +86,8 @@ class Command(BaseCommand):
                     if options["data"] == "-":
                         # A text ends with a line end; an event's last line does not.
                         data = data.removesuffix(b"\n").removesuffix(b"\r")
-                    self.print_id(send(self.read(data)))
+                    for ids in send.send([send.prepare(self.read(data))]):
+                        self.print_ids(ids)
         except KeyboardInterrupt:
             raise CommandError("Interrupted.") from None
         except BrokenPipeError:
@@ -93,7 +102,7 @@ class Command(BaseCommand):
         check_token(self.token)
         if not endpoints.given(options, "host", "port", "prefix", "ssl", "url"):
             self.check_direct(options)
-            yield lambda value: publish(self.token, self.action, value).id
+            yield Send(self.prepare, publish_directly)
             return
         grant = endpoints.GrantAuth(self.token, send=True)
         content_type = conf.event_class.content_type
@@ -106,7 +115,14 @@ class Command(BaseCommand):
             if content_type.startswith("text/")
             else content_type,
         ) as sender:
-            yield sender.send
+            yield Send(str, lambda values: ([sender.send(value)] for value in values))
+
+    def prepare(self, value: str) -> Prepared:
+        """Check an event.
+
+        :raises ValueError: when it is not acceptable.
+        """
+        return prepare(self.token, self.action, value, conf.event_class)
 
     def check_direct(self, options: endpoints.Options) -> None:
         """Check that what is published here can arrive.
@@ -141,11 +157,18 @@ class Command(BaseCommand):
             JSONEvent(self.token, self.action, value)
         return value
 
-    def print_id(self, event_id: str | None) -> None:
-        """Print an event's id, if it has one, at once."""
-        if event_id is not None and sys.stdout is not None:
-            self.stdout.write(event_id)
+    def print_ids(self, ids: list[str | None]) -> None:
+        """Print the ids of events that have one, at once."""
+        lines = [event_id for event_id in ids if event_id is not None]
+        if lines and sys.stdout is not None:
+            self.stdout.write("\n".join(lines))
             self.stdout.flush()
+
+
+def publish_directly(prepared: Sequence[Prepared]) -> Iterator[list[str | None]]:
+    """Publish, and give the ids of each batch."""
+    for batch in publish_in_batches(prepared):
+        yield [event.id for event in batch]
 
 
 class Lines:
@@ -155,6 +178,7 @@ class Lines:
         self.command = command
         self.send = send
         self.published = 0
+        self.under_way = 0
         self.started = time.monotonic()
         self.shown = self.started
         self.shows = command.verbosity >= 1 and command.stderr.isatty()
@@ -165,17 +189,13 @@ class Lines:
         :raises CommandError: at the first line that cannot be published, or at Ctrl-C.
         """
         try:
-            for line in data:
-                value = self.command.read(line.removesuffix(b"\n").removesuffix(b"\r"))
-                event_id = self.send(value)
-                self.published += 1
-                self.command.print_id(event_id)
-                self.show_progress()
+            for lines in read_lines(data):
+                self.publish_all(lines)
             self.clear_progress()
             self.summarize()
         except KeyboardInterrupt:
             self.clear_progress()
-            raise CommandError(f"Interrupted: {self.count()} published.") from None
+            raise CommandError(f"Interrupted: {self.count()} published{self.doubt()}.") from None
         except BrokenPipeError:
             endpoints.discard_output(self.command.stdout)
             raise CommandError(
@@ -187,6 +207,32 @@ class Lines:
                 f"Line {self.published + 1}: {endpoints.sentence(error)} "
                 f"Before it, {self.count()} published."
             ) from error
+
+    def publish_all(self, lines: Sequence[bytes]) -> None:
+        """Publish lines that came together; those before a bad one first.
+
+        :raises ValueError: when one cannot be published.
+        """
+        items = []
+        failure: Exception | None = None
+        for line in lines:
+            try:
+                items.append(self.send.prepare(self.command.read(line.removesuffix(b"\r"))))
+            except endpoints.expected() as error:
+                failure = error
+                break
+        self.under_way = len(items)
+        for ids in self.send.send(items):
+            self.published += len(ids)
+            self.under_way -= len(ids)
+            self.command.print_ids(ids)
+            self.show_progress()
+        if failure is not None:
+            raise failure
+
+    def doubt(self) -> str:
+        """Say how many more may have been published when it was interrupted."""
+        return f", and perhaps some of {self.under_way} more" if self.under_way else ""
 
     def count(self) -> str:
         """Say how many events were published."""
@@ -218,6 +264,17 @@ class Lines:
         """Write on the terminal, without a line end."""
         self.command.stderr.write(text, style_func=str, ending="")
         self.command.stderr.flush()
+
+
+def read_lines(data: BinaryIO) -> Iterator[list[bytes]]:
+    """Read lines without their ends: at a time what is there already, or the next one."""
+    rest = b""
+    while chunk := data.read1(READ_BYTES):  # type: ignore[attr-defined]
+        *lines, rest = (rest + chunk).split(b"\n")
+        if lines:
+            yield lines
+    if rest:
+        yield [rest]
 
 
 def _open_data(data: str) -> BinaryIO:

@@ -1,0 +1,87 @@
+"""Pacing: a busy token is passed on in batches.
+
+An event of an idle token is passed on at once. While that is being written to its
+listeners, and for a short rest after it, further events are held, and then they are passed
+on together: one write for each listener, however many events. Where many are held again
+and again, the rest becomes longer, up to ten times ``EVENTSOURCE_COALESCE_SECONDS``. So the
+more there is of a flood, the less it costs per event, and the wait stays bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import Context
+from typing import Protocol
+
+from .conf import conf
+
+REST = 0.5
+"""The shortest rest, as a part of the time that the writes took: publishers, who are served
+by the same loop, get their turn."""
+MANY = 4
+"""Events held at once that make the rest longer."""
+MOST = 10
+"""The longest rest, as a multiple of the setting."""
+
+
+class Paced(Protocol):
+    """What is passed on in batches."""
+
+    free_at: float
+    """When it may be passed on again, on the loop's clock."""
+    rest: float
+    """The rest after it was passed on last, in seconds."""
+
+    def flush(self) -> None:
+        """Pass on what is held."""
+
+
+class Pace:
+    """Tells the feeds of one event loop when to pass on what they hold.
+
+    :param context: what its callbacks run in.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, context: Context | None = None) -> None:
+        self._loop = loop
+        self._context = context
+        self._holding: set[Paced] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def is_free(self, one: Paced) -> bool:
+        """May it be passed on at once?"""
+        return one.free_at <= self._loop.time()
+
+    def begin(self, one: Paced, events: int) -> None:
+        """Take note that events are passed on: the tasks that write them are about to run."""
+        if conf.coalesce_seconds is not None:
+            one.free_at = float("inf")
+            one.rest = one.rest * 2 if events >= MANY else 0.0
+            # After those tasks, which were woken before.
+            self._loop.call_soon(self._end, one, self._loop.time(), context=self._context)
+
+    def _end(self, one: Paced, began: float) -> None:
+        now = self._loop.time()
+        seconds = conf.coalesce_seconds or 0.0
+        one.rest = min(max(seconds, (now - began) * REST, one.rest), seconds * MOST)
+        one.free_at = now + one.rest
+
+    def hold(self, one: Paced) -> None:
+        """Pass on what it holds as soon as that may be."""
+        self._holding.add(one)
+        if self._timer is None:
+            self._start(conf.coalesce_seconds or 0.0)
+
+    def _start(self, seconds: float) -> None:
+        self._timer = self._loop.call_later(seconds, self._flush, context=self._context)
+
+    def _flush(self) -> None:
+        self._timer = None
+        for one in [one for one in self._holding if self.is_free(one)]:
+            self._holding.discard(one)
+            one.flush()
+        if self._holding:
+            now = self._loop.time()
+            soonest = min(one.free_at for one in self._holding) - now
+            seconds = conf.coalesce_seconds or 0.0
+            self._start(min(max(soonest, 0.0), seconds))
