@@ -53,7 +53,7 @@ types: $(VENV)/installed-lint $(VENV)/installed-test
 
 .PHONY: clean
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* htmlcov
+	rm -rf $(VENV) build dist benchmarks/build *.egg-info .coverage .coverage.* htmlcov
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f testproject/demo.sqlite3 testproject/demo.sqlite3-*
 	find django_eventsource testproject tests benchmarks -name __pycache__ -prune \

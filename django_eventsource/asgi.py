@@ -13,12 +13,13 @@ itself, and are disconnected after ``EVENTSOURCE_STREAM_STALL_SECONDS``.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
-from .backpressure import Producer, cut, emptied, find_transport, hold_back
-from .streams import EventStream, Reason, Slot
+from .backpressure import Producer, cut, emptied, find_transport, hold_back, unsent
+from .responses import Slot
+from .streams import EventStream, Reason
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -87,10 +88,11 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
     listening = asyncio.ensure_future(_until_gone(stream, receive))
     producer = hold_back(send)
     transport = find_transport(send)
+    stream.unsent = partial(unsent, transport)
     try:
         await _send_all(stream, send, producer, PIECE_BYTES if transport is None else None)
         if stream.reason is not Reason.LEFT:
-            stream.sending_since = time.monotonic()
+            stream.progress(begin=True)
             await emptied(transport)
             if producer is not None:
                 producer.release()
@@ -120,6 +122,7 @@ async def _send_all(
         for start in range(0, len(chunk), most or len(chunk)):
             piece = chunk[start : start + most] if most else chunk
             await send({"type": "http.response.body", "body": piece, "more_body": True})
+            stream.progress()
         if producer is not None:
             await producer.wait()
 

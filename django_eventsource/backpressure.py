@@ -6,10 +6,16 @@ is not known is left to what ASGI says: its ``send`` waits, and ends with the re
 
 from __future__ import annotations
 
+import array
 import asyncio
+import contextlib
+import fcntl
+import termios
+from collections.abc import Iterator
 from typing import Any
 
 STEP_SECONDS = 0.02
+MOST_FUNCTIONS = 20
 
 
 class Producer:
@@ -49,10 +55,23 @@ class Producer:
 
 def daphne_request(send: Any) -> Any:
     """Give the Twisted request behind Daphne's ``send``, or ``None``."""
-    for one in getattr(send, "args", ()):
-        if hasattr(one, "registerProducer") and getattr(one, "channel", None) is not None:
-            return one
+    for function in _behind(send):
+        for one in getattr(function, "args", ()):
+            if hasattr(one, "registerProducer") and getattr(one, "channel", None) is not None:
+                return one
     return None
+
+
+def _behind(send: Any) -> Iterator[Any]:
+    """Give a ``send``, and the functions that it calls: middleware wraps it in its own."""
+    found, seen = [send], 0
+    while found and seen < MOST_FUNCTIONS:
+        one = found.pop(0)
+        seen += 1
+        yield one
+        cells = getattr(one, "__closure__", None) or ()
+        with contextlib.suppress(ValueError):  # a cell that is empty yet
+            found += [cell.cell_contents for cell in cells if callable(cell.cell_contents)]
 
 
 def hold_back(send: Any) -> Producer | None:
@@ -69,6 +88,14 @@ def find_transport(send: Any) -> Any:
     request = daphne_request(send)
     if request is not None:
         return getattr(request.channel, "transport", None)
+    for function in _behind(send):
+        transport = _transport_of(function)
+        if transport is not None:
+            return transport
+    return None
+
+
+def _transport_of(send: Any) -> Any:
     # uvicorn keeps the transport itself; hypercorn some objects further, each with a send.
     one = getattr(send, "__self__", None)
     for _ in range(4):
@@ -93,3 +120,26 @@ async def emptied(transport: Any) -> None:
     held = getattr(transport, "get_write_buffer_size", None)
     while held is not None and held():  # noqa: ASYNC110
         await asyncio.sleep(STEP_SECONDS)
+
+
+def unsent(transport: Any) -> int | None:
+    """Give the bytes that the reader has not got yet, as far as that can be known.
+
+    They are in the transport's buffer, or with the operating system: for a slow reader that
+    is megabytes, and nothing else shows that they become less.
+    """
+    size = getattr(transport, "get_write_buffer_size", None)
+    handle = getattr(transport, "getHandle", None)
+    try:
+        if size is not None:
+            held, connection = size(), transport.get_extra_info("socket")
+        elif handle is not None:
+            held = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
+            connection = handle()
+        else:
+            return None
+        queued = array.array("i", [0])
+        fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, queued)
+    except (OSError, AttributeError, ValueError):
+        return None
+    return int(held) + queued[0]

@@ -114,11 +114,6 @@ class Conf:
         return _positive_int("EVENTSOURCE_STREAM_BUFFER_BYTES", 256 * 1024) or 0
 
     @property
-    def coalesce_seconds(self) -> float | None:
-        """``EVENTSOURCE_COALESCE_SECONDS``: a busy token is passed on at most that often."""
-        return _positive("EVENTSOURCE_COALESCE_SECONDS", 0.005)
-
-    @property
     def stream_stall_seconds(self) -> float | None:
         """``EVENTSOURCE_STREAM_STALL_SECONDS``: how long a reader may take nothing."""
         return _positive("EVENTSOURCE_STREAM_STALL_SECONDS", 30.0)
@@ -182,6 +177,11 @@ class Conf:
         if not isinstance(events, int):
             raise number_error(name, value, expected)
         return events, float(seconds)
+
+    @property
+    def coalesce_seconds(self) -> float | None:
+        """``EVENTSOURCE_COALESCE_SECONDS``: a busy token is passed on at most that often."""
+        return _positive("EVENTSOURCE_COALESCE_SECONDS", 0.005)
 
 
 PROPERTIES = [name for name, value in vars(Conf).items() if isinstance(value, property)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asgiref.sync import sync_to_async
+from django.contrib.sessions.backends.signed_cookies import SessionStore as SignedCookies
 from django.db import transaction
 
 from .events import JSONIdEvent
@@ -98,17 +99,22 @@ def user_id(user: Any) -> str:
     return str(key)
 
 
-def on_logout(sender: Any, request: Any, **kwargs: Any) -> None:
+def on_logout(sender: Any, request: Any, user: Any = None, **kwargs: Any) -> None:
     """Receive Django's ``user_logged_out``: the session's streams end at once."""
-    session_key = getattr(getattr(request, "session", None), "session_key", None)
+    session = getattr(request, "session", None)
+    session_key = getattr(session, "session_key", None)
     if session_key is None:
         return
+    selection: dict[str, str | None] = {"session": hide_session(session_key)}
+    if isinstance(session, SignedCookies) and user is not None:
+        # Its key is all its data, and changes with it: the listener's may be another one.
+        selection = {"user": user_id(user)}
     using = get_history().using
     try:
         # In a transaction of the caller's, a savepoint: its own work must not be lost.
         inside = transaction.get_connection(using).in_atomic_block
         with transaction.atomic(using) if inside else nullcontext():
-            _tell({"session": hide_session(session_key)})
+            _tell(selection)
     except Exception:
         # Who logs out must get out. The recheck ends the streams a little later.
         logger.exception("The streams of a session that was logged out go on until rechecked.")

@@ -11,9 +11,9 @@ import base64
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 
+from .events import CURSOR_MARK
 from .tokens import token_key
 
-MARK = "~"
 _PLACE = struct.Struct(">6sQ")
 _OPENED_ANEW = 1 << 63
 
@@ -28,7 +28,7 @@ def join_cursor(places: Iterable[tuple[bytes, int, bool]]) -> str:
     packed = b"".join(
         _PLACE.pack(key, seq | (_OPENED_ANEW if anew else 0)) for key, seq, anew in places
     )
-    return MARK + base64.urlsafe_b64encode(packed).decode().rstrip("=")
+    return CURSOR_MARK + base64.urlsafe_b64encode(packed).decode().rstrip("=")
 
 
 def split_cursor(text: str | None, tokens: Sequence[str]) -> Mapping[str, str | None]:
@@ -40,13 +40,13 @@ def split_cursor(text: str | None, tokens: Sequence[str]) -> Mapping[str, str | 
     places = _places(text) if text else {}
     if places is not None:
         return {token: places.get(short_key(token)) for token in tokens}
-    if text and (text.startswith(MARK) or " " in text):
+    if text and (text.startswith(CURSOR_MARK) or " " in text):
         return dict.fromkeys(tokens, text)
     return {token: (text if token == tokens[0] else None) for token in tokens}
 
 
 def _places(text: str) -> dict[bytes, str] | None:
-    if not text.startswith(MARK) or text == MARK:
+    if not text.startswith(CURSOR_MARK) or text == CURSOR_MARK:
         return None
     try:
         packed = base64.b64decode(
@@ -63,4 +63,4 @@ def _places(text: str) -> dict[bytes, str] | None:
 
 def max_length(tokens: int) -> int:
     """Give the length of the longest cursor of so many tokens."""
-    return len(MARK) + -(-_PLACE.size * tokens * 4 // 3)
+    return len(CURSOR_MARK) + -(-_PLACE.size * tokens * 4 // 3)

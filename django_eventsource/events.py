@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from .exceptions import InvalidEvent
 
+CURSOR_MARK = "~"
+"""How the last event id of a stream with several tokens begins: no event's own id does."""
 RESET = "reset"
 """The reserved action that tells a listener that it missed events."""
 
@@ -209,10 +211,15 @@ def check_field(name: str, text: str, max_length: int) -> None:
 
 
 def check_id(event_id: str) -> None:
-    """Refuse an id that is not 1 to 255 visible ASCII characters.
+    """Refuse an id that is not 1 to 255 visible ASCII characters, or begins with ``~``.
 
     :raises InvalidEvent: when it is not.
     """
+    if event_id.startswith(CURSOR_MARK):
+        raise InvalidEvent(
+            f"The id {event_id[:MAX_ID_LENGTH]!r} must not begin with {CURSOR_MARK!r}: so begin "
+            "the last event ids of streams with several tokens."
+        )
     if len(event_id) > MAX_ID_LENGTH or not _VISIBLE_ASCII.fullmatch(event_id):
         raise InvalidEvent(
             f"The id {event_id[:MAX_ID_LENGTH]!r} must be 1 to {MAX_ID_LENGTH} visible "

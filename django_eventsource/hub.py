@@ -239,7 +239,9 @@ class Hub:
         recent = time.monotonic() - self._checked_at < self.history.token_max_age
         self._checked_at = time.monotonic()
         for feed, last in known.items():
-            head = heads[feed.token]
+            head = heads.get(feed.token)
+            if head is None:
+                continue  # nothing is known of it now
             before, feed.epoch = feed.epoch, head.epoch
             if head.life:
                 if feed.compare(last, head.seq):

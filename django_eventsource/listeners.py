@@ -45,6 +45,8 @@ class Listener:
     """The class of the view that serves it."""
     loop: asyncio.AbstractEventLoop | None = None
     """The event loop that serves it."""
+    admitted: float = float("inf")
+    """When its stream was admitted, on the monotonic clock."""
     ends_at: float = float("inf")
     """When its stream is to end, on the monotonic clock."""
     recheck_at: float = float("inf")
@@ -92,7 +94,7 @@ class Registry:
             limit = self.limit(listener)
             if limit is not None:
                 return limit
-            now = time.monotonic()
+            now = listener.admitted = time.monotonic()
             listener.ends_at = now + _jittered(conf.stream_max_age_seconds)
             listener.recheck_at = now + _jittered(conf.recheck_seconds)
             self._count(listener, 1)

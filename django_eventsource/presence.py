@@ -9,7 +9,6 @@ from django.core.exceptions import ImproperlyConfigured
 
 from .conf import conf
 from .history import get_history
-from .listeners import registry
 from .tokens import check_token
 
 
@@ -42,11 +41,14 @@ def listeners(token: str) -> Listeners:
     return Listeners(count=len(users), users=tuple(sorted(set(users) - {""})))
 
 
-async def is_listened(token: str) -> bool:
-    """Tell whether anybody listens to a token: in this process, or as far as is known."""
-    if registry.count(token):
-        return True
-    return conf.presence_seconds is not None and bool(await get_history().apresent(token))
+async def is_listened(token: str, *, elsewhere: str) -> bool:
+    """Tell whether anybody listens to a token in another process, as far as is known.
+
+    :param elsewhere: this process's name.
+    """
+    if conf.presence_seconds is None:
+        return False
+    return bool(await get_history().apresent(token, elsewhere=elsewhere))
 
 
 async def alisteners(token: str) -> Listeners:

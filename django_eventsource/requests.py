@@ -14,12 +14,13 @@ from django.http import HttpRequest, RawPostDataException
 from django.urls import Resolver404, resolve
 
 from .conf import conf
-from .cursors import MARK, max_length
+from .cursors import max_length
+from .events import CURSOR_MARK
 from .exceptions import InvalidToken
 from .history.base import MAX_CURSOR_LENGTH
 from .listeners import hide_session
 from .policies import OPENED
-from .streams import Slot
+from .responses import Slot
 from .tokens import check_token
 
 NO_CURSOR = " "
@@ -82,7 +83,7 @@ def last_event_id(request: HttpRequest, tokens: int = 1) -> str | None:
     if not text:
         return None
     # Of as many tokens as it may be: a page may come back with fewer.
-    most = max_length(max(tokens, conf.stream_max_tokens)) if text.startswith(MARK) else 0
+    most = max_length(max(tokens, conf.stream_max_tokens)) if text.startswith(CURSOR_MARK) else 0
     visible = text.isascii() and text.isprintable() and " " not in text
     return text if visible and len(text) <= max(most, MAX_CURSOR_LENGTH) else NO_CURSOR
 

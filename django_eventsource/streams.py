@@ -14,22 +14,16 @@ from typing import Any
 
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.db import connections
-from django.http import StreamingHttpResponse
 
 from .conf import conf
 from .cursors import split_cursor
-from .frames import CONTENT_TYPE, encode_comment, encode_id, encode_retry
+from .frames import encode_comment, encode_id, encode_retry
 from .history import Position
 from .hub import Hub, get_hub
-from .subscribers import Subscriber, Subscription, reset_frame, share_of
+from .resets import reset_frame
+from .subscribers import Subscriber, Subscription, share_of
 
 logger = logging.getLogger("django_eventsource.streams")
-
-HEADERS = {
-    "Content-Type": CONTENT_TYPE,
-    "Cache-Control": "no-store, no-transform",
-    "X-Accel-Buffering": "no",
-}
 
 BACK_OFF_SECONDS = (0.1, 0.5, 1, 2, 5)
 COME_BACK_MS = (500, 5_000)
@@ -79,6 +73,7 @@ class EventStream(AsyncIterator[bytes]):
         "__weakref__",
         "_failures",
         "_hub",
+        "_left",
         "_opening",
         "_subscriber",
         "listener",
@@ -87,6 +82,7 @@ class EventStream(AsyncIterator[bytes]):
         "reason",
         "sending_since",
         "token",
+        "unsent",
     )
 
     def __init__(
@@ -111,6 +107,9 @@ class EventStream(AsyncIterator[bytes]):
         """Called once when it ends, in whatever thread that happens."""
         self.on_abort: Callable[[], None] | None = None
         """Called when :meth:`abort` ends it, by its event loop's thread."""
+        self.unsent: Callable[[], int | None] | None = None
+        """Gives the bytes that the reader has not got yet, where that is known."""
+        self._left: int | None = None
         self._hub: Hub | None = None
         self._failures = 0
         self._subscriber = Subscriber(
@@ -130,6 +129,11 @@ class EventStream(AsyncIterator[bytes]):
     def tokens(self) -> list[str]:
         """The tokens listened to."""
         return [one.token for one in self._subscriber.subscriptions]
+
+    @property
+    def served(self) -> bool:
+        """Has it been begun to be read?"""
+        return self._opening is None
 
     @property
     def is_open(self) -> bool:
@@ -165,6 +169,27 @@ class EventStream(AsyncIterator[bytes]):
         subscriber.fly(len(chunk))
         self.sending_since = time.monotonic()
         return chunk
+
+    def progress(self, *, begin: bool = False) -> None:
+        """Take note that the server has taken something, of a chunk that it is taking.
+
+        :param begin: take note also that it is taking one.
+        """
+        if begin or self.sending_since is not None:
+            self.sending_since = time.monotonic()
+
+    def stalled_for(self, now: float) -> float:
+        """Give the seconds for which the reader has taken nothing that it could take.
+
+        To be asked now and then: it is progress when there is less to take than before.
+        """
+        if self.sending_since is None:
+            return 0.0
+        left = self.unsent() if self.unsent is not None else None
+        if left is not None and self._left is not None and left < self._left:
+            self.sending_since = now
+        self._left = left
+        return now - self.sending_since
 
     async def aclose(self) -> None:
         """End the stream. Does no harm when repeated."""
@@ -252,57 +277,6 @@ class EventStream(AsyncIterator[bytes]):
         if not chunk and not behind.live:
             await asyncio.sleep(STALE_SECONDS)
         return chunk
-
-
-class Slot:
-    """Where the response of a stream leaves it for ``django_eventsource.asgi`` to serve.
-
-    :param scope: the server's ASGI scope, which lives as long as the connection.
-    """
-
-    __slots__ = ("scope", "stream")
-
-    KEY = "django_eventsource.slot"
-    """Its place in the ASGI scope."""
-
-    def __init__(self, scope: Mapping[str, Any]) -> None:
-        self.scope = scope
-        self.stream: EventStream | None = None
-
-
-class EventStreamResponse(StreamingHttpResponse):
-    """The response that carries a stream.
-
-    :param slot: where to leave the stream, instead of streaming inside of Django.
-    """
-
-    def __init__(self, stream: EventStream, slot: Slot | None = None) -> None:
-        super().__init__(stream, headers=HEADERS)
-        self._stream = stream
-        self._slot = slot
-        self._unwrapped = self._iterator  # type: ignore[attr-defined]
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        # Two nested generators per chunk are most of what Django costs: skip them while
-        # no middleware has put its own iterator around the stream.
-        if self._iterator is not self._unwrapped:  # type: ignore[attr-defined]
-            return super().__aiter__()
-        # Django's handler marks the response that it sends. Any other is being iterated over
-        # by middleware, for a response of its own.
-        if self._slot is None or getattr(self, "_handler_class", None) is None:
-            return self._stream
-        self._slot.stream = self._stream
-        return Nothing()
-
-
-class Nothing(AsyncIterator[bytes]):
-    """Gives no chunk at all."""
-
-    async def __anext__(self) -> bytes:
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        """End it, which it is."""
 
 
 def opening(

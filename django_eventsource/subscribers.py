@@ -11,15 +11,14 @@ All of it belongs to one event loop's thread.
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Protocol
 
 from .batches import Batch
 from .cursors import join_cursor, short_key
-from .events import RESET
-from .frames import KEEPALIVE, encode_event, encode_id
+from .frames import KEEPALIVE, encode_id
 from .history import Slice
 from .history.base import cursor_at
+from .resets import reset_frame
 
 
 def share_of(stream_bytes: int) -> int:
@@ -28,29 +27,6 @@ def share_of(stream_bytes: int) -> int:
     As much again may be with the server, which asyncio lets hold 64 KiB besides.
     """
     return stream_bytes * 3 // 8
-
-
-def reset_frame(
-    reason: str,
-    *,
-    after: str | None,
-    resume: str | None,
-    token: str | None = None,
-    commit: bool = True,
-) -> bytes:
-    """Encode the event that tells a listener that it missed events.
-
-    :param reason: ``unknown`` (an id never given out), ``expired`` (events after it are
-        gone) or ``overflow`` (live-only events came faster than they were read).
-    :param after: the last event id before what is missing, if it is known.
-    :param resume: the id from which the stream goes on, if it moves the listener there.
-    :param token: whose events they are, on a stream that carries several tokens.
-    :param commit: make that id the listener's last event id.
-    """
-    data = {"reason": reason, "after": after, "resume": resume}
-    if token is not None:
-        data["token"] = token
-    return encode_event(RESET, json.dumps(data).encode(), resume if commit else None)
 
 
 class Passes(Protocol):

@@ -10,8 +10,9 @@ from typing import Any
 from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.asgi import ASGIRequest
-from django.db import connections, transaction
+from django.db import DatabaseError, connections, transaction
 from django.http import (
+    Http404,
     HttpRequest,
     HttpResponse,
     HttpResponseBase,
@@ -34,16 +35,18 @@ from .exceptions import (
 from .history import Draft, get_history
 from .listeners import Limit, Listener, registry
 from .policies import Policy, identify
-from .presence import is_listened
-from .publishing import apublish
+from .publishing import apublish, make_event
 from .requests import Snapshot, address_of, keep_body, last_event_id, read_tokens, session_of
+from .responses import HEADERS, EventStreamResponse, Slot
 from .shutdown import shutdown
 from .signals import stream_opened
-from .streams import HEADERS, EventStream, EventStreamResponse, Slot, come_back_later
+from .streams import EventStream, come_back_later
 from .tokens import check_token
+from .troubles import Troubles
 from .watch import get_watch
 
 logger = logging.getLogger("django_eventsource.views")
+troubles = Troubles(logger)
 
 SETTING: Any = object()
 """Stands for the setting's value where ``None`` has a meaning of its own."""
@@ -136,6 +139,13 @@ class EventSourceView(View):
             return text_response(403, str(error) or "Permission denied.")
         except RateLimited as error:
             return text_response(429, str(error), **{"Retry-After": str(error.retry_after)})
+        except failures() as error:
+            troubles.tell(
+                "The rights of %r cannot be checked: the database failed.", tokens, error
+            )
+            if sends:
+                return text_response(503, "The database failed; the event was not published.")
+            return later()
         if sends:
             return await self.post(request, action, tokens[0])
         return await self.get(request, tokens, policy)
@@ -171,8 +181,12 @@ class EventSourceView(View):
             return text_response(500, WSGI_PAGE)
         if request.method == "HEAD":
             return HttpResponse(headers=HEADERS)
-        listener = await self.listener(request, tokens, policy)
         watch = get_watch()
+        try:
+            listener = await self.listener(request, tokens, policy)
+        except failures() as error:
+            troubles.tell("Who listens to %r cannot be told.", tokens, error)
+            return later()
         if shutdown.begun or registry.limit(listener) not in (None, Limit.EXCLUSIVE):
             return later()
         asked = last_event_id(request, len(tokens))
@@ -180,6 +194,14 @@ class EventSourceView(View):
             cursors = split_cursor(asked, tokens)
             history = get_history()
             positions = {token: await history.alocate(token, cursors[token]) for token in tokens}
+            if self.exclusive and any([await watch.is_listened(token) for token in tokens]):
+                return locked()
+        except Exception as error:  # noqa: BLE001
+            troubles.tell("The history of %r cannot be read; asking to come back.", tokens, error)
+            return later()
+        if all(position.closed for position in positions.values()):
+            return HttpResponse(status=204, headers={"Cache-Control": "no-store"})
+        try:
             state = b"".join(
                 [
                     await self.state(request, token)
@@ -187,13 +209,11 @@ class EventSourceView(View):
                     if not (cursors[token] and position.known)
                 ]
             )
-            if self.exclusive and any([await watch.is_listened(token) for token in tokens]):
-                return locked()
+        except (PermissionDenied, Http404):
+            raise
         except Exception:
-            logger.exception("The history of %r cannot be read; asking to come back.", tokens)
+            logger.exception("initial_state() of %s failed; asking to come back.", type(self))
             return later()
-        if all(position.closed for position in positions.values()):
-            return HttpResponse(status=204, headers={"Cache-Control": "no-store"})
         stream = EventStream(
             tokens[0],
             positions.pop(tokens[0]),
@@ -216,7 +236,7 @@ class EventSourceView(View):
         """Say who is to listen."""
         listener = Listener(
             tokens=tuple(tokens),
-            user=str(await getattr(policy, "identify", identify)(request)),
+            user=identity(await getattr(policy, "identify", identify)(request)),
             address=address_of(request),
             session=session_of(request),
             exclusive=self.exclusive,
@@ -237,17 +257,20 @@ class EventSourceView(View):
     async def state(self, request: HttpRequest, token: str) -> bytes:
         """Encode the initial state. Without ids: who is cut off in it has not got it."""
         event_class = self.get_event_class()
-        return b"".join(
-            replace(Draft.of(event_class(token, action, value)), event_id=None).frame()
-            for action, value in await self.initial_state(request, token)
-        )
+        frames = []
+        for action, value in await self.initial_state(request, token):
+            if action == event_class.FINISH:
+                raise ValueError("A stream cannot begin with its end.")
+            draft = Draft.of(make_event(token, action, value, event_class))
+            frames.append(replace(draft, event_id=None).frame())
+        return b"".join(frames)
 
     # Sending
 
     async def post(self, request: HttpRequest, action: str, token: str) -> HttpResponseBase:
         """Publish the body."""
         event_class = self.get_event_class()
-        if self.require_listener and not await is_listened(token):
+        if self.require_listener and not await get_watch().is_listened(token):
             return text_response(404, "Nobody listens to this token.")
         body = request.body
         try:
@@ -260,8 +283,8 @@ class EventSourceView(View):
             event = await apublish(token, action, value, event_class)
         except ValueError as error:
             return text_response(400, str(error))
-        except get_history().failures:
-            logger.exception("The history of %r failed.", token)
+        except get_history().failures as error:
+            troubles.tell("The history of %r failed.", token, error)
             return text_response(
                 503, "The history's store failed; the event may not have been published."
             )
@@ -300,6 +323,16 @@ async def may_listen(policy: Policy, request: HttpRequest, tokens: list[str]) ->
         if not await policy.can_listen(request, token):
             return False
     return True
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Give what is the database's fault, or that of the history's store."""
+    return DatabaseError, *get_history().failures
+
+
+def identity(user: object) -> str:
+    """Give what a policy says of who it is, as text; empty for nobody."""
+    return "" if user is None else str(user)
 
 
 def later() -> HttpResponse:

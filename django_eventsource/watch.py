@@ -14,8 +14,8 @@ import time
 import uuid
 from collections import deque
 
-from asgiref.sync import sync_to_async
-from django.db import close_old_connections
+from asgiref.sync import ThreadSensitiveContext, sync_to_async
+from django.db import DatabaseError, connections
 
 from .conf import conf
 from .control import CLOSE, Selection
@@ -23,7 +23,7 @@ from .events import RESET
 from .frames import Decoder
 from .history import get_history
 from .hub import Hub, get_hub
-from .listeners import Limit, Listener, registry
+from .listeners import Limit, Listener, Recheck, registry
 from .presence import is_listened
 from .shutdown import install
 from .signals import stream_closed
@@ -36,8 +36,12 @@ SWEEP_SECONDS = 1.0
 LEASE_BEATS = 3
 """After how many missed beats a process's listeners are no longer counted."""
 RECHECKS_AT_ONCE = 10
+UNSERVED_SECONDS = 30.0
+"""How long a stream may wait to be served: its response may have been dropped."""
 RECHECK_SECONDS = 30.0
 """How long the policy may take to answer."""
+RETRY_SECONDS = 5.0
+"""How soon it is asked again when the database kept it from answering."""
 REMEMBER_SECONDS = 10.0
 """How long a word to end streams also means those that were being opened when it came."""
 
@@ -50,7 +54,7 @@ class Watch:
         self.process = uuid.uuid4().hex
         """What the lease of this loop's listeners is held under."""
         self._changed: set[str] = set()
-        self._rechecking: asyncio.Task[None] | None = None
+        self._at_once = asyncio.Semaphore(RECHECKS_AT_ONCE)
         self._words: deque[tuple[float, Selection]] = deque(maxlen=1000)
         self._beating = asyncio.Lock()
         self._beat_now = asyncio.Event()
@@ -102,20 +106,21 @@ class Watch:
         stall_seconds = conf.stream_stall_seconds or float("inf")
         due = []
         for stream, listener in registry.streams(self.hub.loop):
-            since = stream.sending_since
-            if since is not None and now - since > stall_seconds:
+            if stream.stalled_for(now) > stall_seconds:
                 stream.abort(Reason.STALLED)
+            elif not stream.served and now > listener.admitted + UNSERVED_SECONDS:
+                stream.abort(Reason.LEFT)
             elif now > listener.ends_at:
                 stream.end(Reason.AGE)
             elif now > listener.recheck_at:
                 due.append((stream, listener))
-        if due and (self._rechecking is None or self._rechecking.done()):
+                listener.recheck_at = float("inf")  # until this one is done
+        if due:
             # In a task of its own: a policy that hangs holds up nothing else.
-            self._rechecking = self.hub.start(self._recheck_all(due))
+            self.hub.start(self._recheck_all(due))
 
     async def _recheck_all(self, due: list[tuple[EventStream, Listener]]) -> None:
-        at_once = asyncio.Semaphore(RECHECKS_AT_ONCE)
-        failures = await asyncio.gather(*(self._recheck(at_once, *one) for one in due))
+        failures = await asyncio.gather(*(self._recheck(*one) for one in due))
         failed = [error for error in failures if error is not None]
         if failed:
             logger.error(
@@ -123,18 +128,21 @@ class Watch:
                 len(failed),
                 exc_info=failed[0],
             )
-        # They run in no request, which would let go of a connection that is broken.
-        await sync_to_async(close_old_connections)()
 
-    async def _recheck(
-        self, at_once: asyncio.Semaphore, stream: EventStream, listener: Listener
-    ) -> Exception | None:
-        listener.recheck_at = time.monotonic() + (conf.recheck_seconds or float("inf"))
+    async def _recheck(self, stream: EventStream, listener: Listener) -> Exception | None:
+        """Ask the policy again; give what kept it from answering."""
+        seconds = conf.recheck_seconds or float("inf")
         try:
-            async with at_once, asyncio.timeout(RECHECK_SECONDS):
-                allowed = listener.recheck is None or await listener.recheck()
-        except Exception as error:  # noqa: BLE001
+            async with self._at_once, asyncio.timeout(RECHECK_SECONDS):
+                allowed = listener.recheck is None or await in_own_thread(listener.recheck)
+        except passing() as error:
+            listener.recheck_at = time.monotonic() + min(seconds, RETRY_SECONDS)
             return error
+        except Exception:
+            # What it says of a new listener is the same: an error, and no stream.
+            logger.exception("The policy failed; the stream of %r is ended.", listener.tokens)
+            allowed = False
+        listener.recheck_at = time.monotonic() + seconds
         if not allowed:
             stream.end(Reason.REFUSED)
         return None
@@ -200,9 +208,7 @@ class Watch:
 
     async def is_listened(self, token: str) -> bool:
         """Tell whether anybody in any process listens to a token, as of this moment here."""
-        if token in self._changed and not registry.count(token):
-            await self.beat()
-        return await is_listened(token)
+        return bool(registry.count(token)) or await is_listened(token, elsewhere=self.process)
 
     # What other processes say
 
@@ -244,6 +250,21 @@ class Watch:
     def _recheck_everybody(self) -> None:
         for _, listener in registry.streams(self.hub.loop):
             listener.recheck_at = 0
+
+
+def passing() -> tuple[type[Exception], ...]:
+    """Give what keeps a policy from answering and goes away again."""
+    return DatabaseError, OSError, *get_history().failures
+
+
+async def in_own_thread(work: Recheck) -> bool:
+    """Do what may block in a thread that the histories' reads do not wait for."""
+    async with ThreadSensitiveContext():
+        try:
+            return await work()
+        finally:
+            # No request's end lets go of them.
+            await sync_to_async(connections.close_all)()
 
 
 _watches: dict[Hub, Watch] = {}

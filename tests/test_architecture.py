@@ -19,13 +19,14 @@ LAYERS = [
     # 0: the standard library only
     ["exceptions", "frames", "batches"],
     ["events"],
+    ["resets"],
     # 1
-    ["conf", "tokens", "signals"],
+    ["conf", "tokens", "signals", "troubles"],
     ["pacing"],
     ["grants"],
     # 2
     ["models", "history.base", "history.redis_scripts"],
-    ["history.redis_hosts"],
+    ["history.redis_hosts", "history.redis_entries"],
     ["history.transactions"],
     ["history.presence"],
     ["history.memory", "history.database", "history.redis"],
@@ -38,7 +39,7 @@ LAYERS = [
     ["membership", "reads"],
     ["hub"],
     ["publishing", "streams"],
-    ["listeners", "backpressure"],
+    ["listeners", "backpressure", "responses"],
     ["presence"],
     ["control", "shutdown"],
     ["watch", "asgi"],
@@ -53,7 +54,7 @@ LAYERS = [
 """The modules, lowest first. Each may import those in the rows above its own."""
 
 RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row}
-STANDARD_LIBRARY_ONLY = {"exceptions", "frames", "batches", "events"}
+STANDARD_LIBRARY_ONLY = {"exceptions", "frames", "batches", "events", "resets"}
 
 ASIDE = [["connection"], ["client", "sender"]]
 """The clients: each may import the rows above its own, ``ASIDE_MAY``, and httpx. No Django."""

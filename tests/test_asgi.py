@@ -22,8 +22,9 @@ from django_eventsource.frames import Decoder
 from django_eventsource.history import History, Kind, get_history
 from django_eventsource.listeners import Listener, registry
 from django_eventsource.publishing import apublish
+from django_eventsource.responses import Slot
 from django_eventsource.signals import stream_closed
-from django_eventsource.streams import EventStream, Reason, Slot
+from django_eventsource.streams import EventStream, Reason
 from tests.histories import add, draft
 
 pytestmark = [

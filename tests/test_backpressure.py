@@ -24,6 +24,7 @@ from django_eventsource.backpressure import (
     daphne_request,
     emptied,
     find_transport,
+    unsent,
 )
 from django_eventsource.frames import Decoder
 from django_eventsource.policies import AllowAny
@@ -196,6 +197,68 @@ async def test_a_transport_is_waited_for_until_it_is_empty() -> None:
     transport = Transport()
     await emptied(transport)
     assert transport.held == []
+
+
+async def test_what_the_reader_has_not_got_yet() -> None:
+    """It is in the transport and with the operating system, and becomes less as it reads."""
+    connected: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+    server = await asyncio.start_server(
+        lambda _, writer: connected.put_nowait(writer), "127.0.0.1", 0
+    )
+    reading, writing = await asyncio.open_connection(*server.sockets[0].getsockname(), limit=1000)
+    writer = await connected.get()
+    assert unsent(writer.transport) == 0
+    writer.write(b"x" * 20_000_000)
+    before = unsent(writer.transport)
+    assert before is not None
+    assert writer.transport.get_write_buffer_size() < before <= 20_000_000
+    await reading.readexactly(10_000_000)
+    after = unsent(writer.transport)
+    assert after is not None
+    assert after <= before - 5_000_000
+    writing.transport.abort()
+    writer.transport.abort()
+    server.close()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert unsent(writer.transport) is None, "the connection has gone"
+
+
+@pytest.mark.parametrize("transport", [None, object(), Transport()])
+def test_what_is_not_known_to_be_unsent(transport: object) -> None:
+    """A server that is not known says nothing of it."""
+    assert unsent(transport) is None
+
+
+@pytest.mark.parametrize("server", CUTTING)
+def test_middleware_around_the_connection(server: str) -> None:
+    """What wraps ``send`` in functions of its own is looked through."""
+    transport = Transport()
+    send = {
+        "daphne": functools.partial(reply, Request(Channel(transport))),
+        "uvicorn": uvicorn_send(transport),
+        "hypercorn": hypercorn_send(H11Protocol, transport),
+    }[server]
+
+    def middleware(inner: Any) -> Any:
+        async def wrapped(message: object) -> None:
+            await inner(message)
+
+        return wrapped
+
+    assert find_transport(middleware(middleware(send))) is transport
+
+
+def test_middleware_that_goes_in_a_circle() -> None:
+    """The search ends."""
+
+    async def one(message: object) -> None:
+        await other(message)
+
+    async def other(message: object) -> None:
+        await one(message)
+
+    assert find_transport(one) is None
 
 
 async def unknown(message: object) -> None:
@@ -421,6 +484,27 @@ async def test_a_slow_reader_gets_everything(kind: str) -> None:
         events = Decoder().feed(slow.body)
         assert [event.id for event in events[:-1]] == ids
         assert [event.data.split()[0] for event in events] == [*map(str, range(120)), "end"]
+        await until(lambda: server.log.read_text(), 3)
+        assert server.log.read_text() == "closed: finished\n"
+        slow.close()
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CUTTING)
+async def test_a_reader_that_is_slow_all_the_time_is_not_cut_off(kind: str) -> None:
+    """One large event takes it far longer than a stalled reader has, and it gets it whole."""
+    with narrow(kind, EVENTSOURCE_STREAM_STALL_SECONDS=2) as server:
+        slow = Slow(server, "/events/poll/t")
+        await slow.opened()
+        await apublish("t", "ping", "x" * 1_000_000)
+        await apublish("t", "close", "end")
+        while not slow.ended:
+            await asyncio.sleep(0.1)  # what makes it slow
+            for _ in range(5):
+                await asyncio.to_thread(slow.read)
+        events = Decoder().feed(slow.body)
+        assert [len(event.data) for event in events] == [1_000_000, 3]
         await until(lambda: server.log.read_text(), 3)
         assert server.log.read_text() == "closed: finished\n"
         slow.close()

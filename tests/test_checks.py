@@ -55,6 +55,7 @@ BAD = {
     "MAX_STREAMS_PER_USER": "5",
     "MAX_STREAMS_PER_ADDRESS": True,
     "SEND_RATE": 10,
+    "COALESCE_SECONDS": 0,
 }
 
 

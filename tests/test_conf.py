@@ -106,6 +106,7 @@ NAMES = "ACTIONS must be a list of action names, without slashes or line ends, n
         ("max_streams_per_user", None),
         ("max_streams_per_address", None),
         ("send_rate", None),
+        ("coalesce_seconds", 0.005),
     ],
 )
 def test_default(name, value):
@@ -137,6 +138,7 @@ def test_every_setting_is_listed_in_order():
         "max_streams_per_user",
         "max_streams_per_address",
         "send_rate",
+        "coalesce_seconds",
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from django.contrib.auth.models import AnonymousUser, User
 from django.contrib.auth.signals import user_logged_out
+from django.contrib.sessions.backends.signed_cookies import SessionStore as SignedCookies
 from django.core.management import CommandError, call_command
 from django.db import connection, transaction
 from django.http import HttpRequest
@@ -160,6 +161,22 @@ def test_a_logout_tells_no_session_key() -> None:
     assert list(one) == ["session"]
     assert one["session"]
     assert key not in one["session"]
+
+
+@real_commits
+@pytest.mark.usefixtures("memory_history")
+def test_a_logout_with_signed_cookies(settings) -> None:
+    """Such a session's key is all its data, and has changed since: the user is told of."""
+    settings.SESSION_ENGINE = "django.contrib.sessions.backends.signed_cookies"
+    user = User.objects.create_user("user")
+    client = Client()
+    client.force_login(user)
+    client.logout()
+    assert told() == [{"user": str(user.pk)}]
+    request = HttpRequest()
+    request.session = SignedCookies("a-key-that-is-long")
+    on_logout(User, request=request, user=None)
+    assert list(told()[1]) == ["session"]
 
 
 @real_commits

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -181,11 +181,10 @@ def test_cluster() -> None:
         while b"cluster_state:ok" not in server.run("CLUSTER", "INFO"):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        cluster = redis.RedisCluster(host="127.0.0.1", port=server.port)
-        for client in (None, cluster):
-            history = of(server, PREFIX="cluster" if client else "plain")
-            if client is not None:
-                history._hosts.all[0].client = client
+        at = {"host": "127.0.0.1", "port": server.port}
+        forms: list[Any] = [at, {**at, "cluster": True}, {"address": server.url, "cluster": True}]
+        for n, form in enumerate(forms):
+            history = RedisHistory(HOSTS=[form], PREFIX=f"cluster-{n}")
             names = [f"token {n}" for n in range(20)]
             for name in names:
                 history.append(name, [draft("a", own_id="u"), draft(kind=Kind.FINISH)])
@@ -199,7 +198,47 @@ def test_cluster() -> None:
             history.prune()
             assert {tuple(history.present(name)) for name in names} == {("x",)}
             history.withdraw("p")
-        cluster.close()
+            history._hosts.all[0].client.close()
+
+
+def test_a_cluster_of_two() -> None:
+    """Each token is on the node that has its slot; redis-py finds it."""
+    with (
+        valkey("--cluster-enabled", "yes") as one,
+        valkey("--cluster-enabled", "yes") as two,
+    ):
+        one.run("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
+        two.run("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
+        one.run("CLUSTER", "MEET", "127.0.0.1", two.port)
+        deadline = time.monotonic() + 30
+        while not all(
+            b"cluster_state:ok" in server.run("CLUSTER", "INFO")
+            and b"cluster_known_nodes:2" in server.run("CLUSTER", "INFO")
+            for server in (one, two)
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        history = RedisHistory(HOSTS=[{"host": "127.0.0.1", "port": two.port, "cluster": True}])
+        names = [f"token {n}" for n in range(40)]
+        for name in names:
+            history.append(name, [draft("a"), draft("b")])
+            assert everything(history, name) == ["a", "b"]
+        assert all(head.life for head in history.heads(names).values())
+        history.announce("p", {name: ["x"] for name in names}, 10)
+        assert all(history.present(name) == ["x"] for name in names)
+        for server in (one, two):
+            assert 5 < len(list(server.client().scan_iter("*:head"))) < 35
+        history._hosts.all[0].client.close()
+
+
+def test_a_cluster_that_is_away() -> None:
+    """It is asked for when it is first needed; then it is a server that cannot be reached."""
+    for form in ({"host": "127.0.0.1", "port": 1}, {"address": "redis://:secret@127.0.0.1:1"}):
+        history = RedisHistory(HOSTS=[{**form, "cluster": True}], TIMEOUT=0.2)
+        with pytest.raises(redis.ConnectionError) as caught:
+            history.heads(["t"])
+        assert "127.0.0.1:1" in caught.value.__notes__[0]
+        assert "secret" not in caught.value.__notes__[0]
 
 
 # Appends that are tried again
@@ -332,12 +371,120 @@ def test_nobody_there(own_server: ValkeyServer) -> None:
     """After TIMEOUT the error is raised, and says which server and for how long."""
     history = of(own_server, TIMEOUT=0.3)
     own_server.kill()
-    for call in (lambda: add(history, "a"), lambda: history.heads(["t"])):
+    for call in (lambda: history.heads(["t"]), lambda: add(history, "a")):
         began = time.monotonic()
         with pytest.raises(redis.ConnectionError) as caught:
             call()
         assert 0.3 <= time.monotonic() - began < 3
         assert f"127.0.0.1:{own_server.port}. tried for 0." in caught.value.__notes__[0]
+
+
+def test_reads_do_not_wait_for_a_server_that_is_away(
+    own_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them tries now and then, and the others are told at once; an append tries on."""
+    history = of(own_server, TIMEOUT=1.5)
+    (entry,) = add(history, "a")
+    (host,) = history._hosts.all
+    own_server.kill()
+    with pytest.raises(redis.ConnectionError):
+        history.heads(["t"])
+    tries: list[str] = []
+    pipe = host._pipe
+    monkeypatch.setattr(host, "_pipe", lambda *args: tries.append("") or pipe(*args))
+    for _ in range(100):
+        with pytest.raises(redis.ConnectionError, match="a moment ago"):
+            history.heads(["t"])
+    assert tries == []
+    host._look_again_at = time.monotonic()
+    with pytest.raises(redis.ConnectionError):
+        history.heads(["t"])
+    assert tries
+    appended = threading.Thread(target=add, args=[history, "b"])
+    appended.start()
+    own_server.start()
+    appended.join(30)
+    assert host._failure is None
+    assert not history.heads(["t"])["t"].seq <= entry.seq, "it has lost what it held in memory"
+
+
+def test_only_one_tries_again(own_server: ValkeyServer) -> None:
+    """While it waits for a server that hangs, the others are told at once."""
+    history = of(own_server, TIMEOUT=3)
+    own_server.pause()
+    with pytest.raises(redis.TimeoutError):
+        history.newest("t")
+    (host,) = history._hosts.all
+    host._look_again_at = time.monotonic()
+    with ThreadPoolExecutor(1) as executor:
+        first = executor.submit(history.newest, "t")
+        while host._look_again_at < time.monotonic() + 1:
+            time.sleep(0.001)
+        with pytest.raises(redis.RedisError, match="a moment ago"):
+            history.newest("t")
+        own_server.resume()
+        first.result(30)
+    history.newest("t")
+
+
+@pytest.mark.parametrize("how", ["kill", "pause"])
+async def test_a_host_that_is_away_takes_no_other_with_it(
+    valkey_server: ValkeyServer, own_server: ValkeyServer, how: str
+) -> None:
+    """Heads, presence and reads of the other host's tokens go on as ever."""
+    history = RedisHistory(HOSTS=[valkey_server.url, own_server.url], TIMEOUT=1)
+    there, away = (
+        [name for name in map(str, range(40)) if history._host(name) is host]
+        for host in history._hosts.all
+    )
+    listeners = {name: ["ada"] for name in (*there, *away)}
+    history.announce("p", listeners, 60)
+    entries = {name: add(history, name, token=name)[0] for name in listeners}
+    getattr(own_server, how)()
+    # More than there are threads: they wait for nothing but their own host.
+    waiting = [asyncio.ensure_future(history.alocate(name, None)) for name in away * 2]
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    for _ in range(3):
+        heads = await history.aheads(listeners)
+        assert heads.keys() == set(there)
+        assert history.heads(listeners) == heads
+        position = await history.alocate(there[0], None)
+        assert position.seq == entries[there[0]].seq
+        assert history.announce("p", {there[0]: ["bob"]}, 60), "nothing to tell anew"
+        assert history.present(there[0]) == ["bob"]
+    assert time.monotonic() - began < 15
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(result, redis.RedisError) for result in results)
+    history.prune()
+    history.withdraw("p")
+    assert history.present(there[1]) == []
+    for call in (lambda: history.heads(away), lambda: history.present(away[0])):
+        with pytest.raises(redis.RedisError):
+            call()
+    own_server.resume() if how == "pause" else own_server.start()
+    for host in history._hosts.all:
+        host._look_again_at = 0
+    assert not history.announce("p", {}, 60), "the other host asks for everything"
+    assert history.announce("p", listeners, 60)
+    assert history.present(away[0]) == ["ada"]
+
+
+async def test_an_error_that_is_none_of_the_servers_is_raised(
+    valkey_server: ValkeyServer, own_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for a host that is away."""
+    history = RedisHistory(HOSTS=[valkey_server.url, own_server.url])
+    heads = history._heads
+
+    def fail(host: Host, names: Sequence[str]) -> Any:
+        return 1 / 0 if host is history._hosts.all[0] else heads(host, names)
+
+    monkeypatch.setattr(history, "_heads", fail)
+    with pytest.raises(ZeroDivisionError):
+        await history.aheads(map(str, range(40)))
+    with pytest.raises(ZeroDivisionError):
+        history.heads(map(str, range(40)))
 
 
 def test_a_replica_becomes_the_primary(own_server: ValkeyServer) -> None:
@@ -817,9 +964,10 @@ def test_an_announcement_that_failed(
     history = RedisHistory(HOSTS=[valkey_server.url, own_server.url], TIMEOUT=1)
     history.announce("p", {"t": ["ann"]}, 10)
     own_server.pause()
-    with pytest.raises(redis.TimeoutError):
-        history.announce("p", {"t": ["bob"]}, 10)
+    assert history.announce("p", {"t": ["bob"]}, 10), "the other host has all it needs"
     own_server.resume()
+    for host in history._hosts.all:
+        host._look_again_at = 0
     assert not history.announce("p", {"t": ["bob"]}, 10)
     assert history.announce("p", {}, 10)
     assert history.present("t") == ["bob"]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from django_eventsource.history import Position
 from django_eventsource.listeners import Limit, Listener, Registry, hide_session
-from django_eventsource.streams import EventStream, EventStreamResponse, Reason, Slot
+from django_eventsource.responses import EventStreamResponse, Slot
+from django_eventsource.streams import EventStream, Reason
 
 pytestmark = pytest.mark.usefixtures("memory_history")
 

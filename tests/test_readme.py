@@ -297,6 +297,14 @@ def test_publish_example(capsys):
     assert re.fullmatch(r"\d{16}\n", capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("memory_history")
+def test_publish_many_example(capsys):
+    """Publishing many as in the example prints their ids: those of a token are consecutive."""
+    run_block("Publishing", 1)
+    first, second, _ = ast.literal_eval(capsys.readouterr().out)
+    assert int(second) == int(first) + 1
+
+
 @pytest.mark.django_db(transaction=True)
 def test_transaction_example():
     """Two events of one transaction have no id in it, and consecutive ones after it."""
@@ -307,7 +315,7 @@ def test_transaction_example():
 @pytest.mark.usefixtures("memory_history")
 async def test_apublish_example():
     """Awaiting apublish() as in the example gives an id."""
-    tell = run_block("Publishing", 1)["tell"]
+    tell = run_block("Publishing", 2)["tell"]
     assert (await tell("Hello")).isdigit()  # type: ignore[operator]
 
 

@@ -29,7 +29,7 @@ from django_eventsource.requests import (
     read_tokens,
     session_of,
 )
-from django_eventsource.streams import Slot
+from django_eventsource.responses import Slot
 
 factory = RequestFactory()
 

@@ -19,8 +19,9 @@ from django_eventsource import publish
 from django_eventsource.events import JSONIdEvent, StringEvent, StringIdEvent
 from django_eventsource.listeners import registry
 from django_eventsource.publishing import apublish
+from django_eventsource.responses import EventStreamResponse
 from django_eventsource.signals import event_published, stream_closed, stream_opened
-from django_eventsource.streams import EventStream, EventStreamResponse, Reason
+from django_eventsource.streams import EventStream, Reason
 from django_eventsource.views import EventSourceView
 
 SECONDS = 10

@@ -11,7 +11,7 @@ from django_eventsource.cursors import join_cursor, max_length, short_key, split
 from django_eventsource.feeds import Feed
 from django_eventsource.frames import KEEPALIVE, Decoder
 from django_eventsource.history import Entry, Kind, Slice
-from django_eventsource.subscribers import Subscriber, Subscription, reset_frame, share_of
+from django_eventsource.subscribers import Subscriber, Subscription, share_of
 from tests.histories import draft
 from tests.singles import Single
 
@@ -422,8 +422,3 @@ async def test_cancelled_waiting_leaves_nothing(feed: Feed) -> None:
         await waiting
     send(feed, 12)
     assert got(subscriber) == ["11", "12"]
-
-
-def test_reset_frame_without_a_place() -> None:
-    """A reset that moves nobody has no id line."""
-    assert b"id:" not in reset_frame("overflow", after=None, resume=None)

@@ -17,7 +17,7 @@ from django.contrib.auth.models import Permission, User
 from django.core.cache import cache
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.db import OperationalError, connections
-from django.http import HttpRequest, RawPostDataException, StreamingHttpResponse
+from django.http import Http404, HttpRequest, RawPostDataException, StreamingHttpResponse
 from django.middleware.csrf import get_token
 from django.test import AsyncClient, AsyncRequestFactory, Client, RequestFactory, override_settings
 from django.urls import include, path
@@ -29,11 +29,12 @@ from django_eventsource.grants import make_grant
 from django_eventsource.history import Kind, get_history
 from django_eventsource.listeners import Listener, registry
 from django_eventsource.policies import AllowAny
+from django_eventsource.responses import Slot
 from django_eventsource.shutdown import shutdown
 from django_eventsource.signals import stream_opened
-from django_eventsource.streams import Reason, Slot
+from django_eventsource.streams import Reason
 from django_eventsource.views import EventSourceView
-from django_eventsource.watch import Watch
+from django_eventsource.watch import Watch, get_watch
 from tests.histories import add, draft, texts
 
 pytestmark = pytest.mark.usefixtures("memory_history", "allow_any")
@@ -78,6 +79,37 @@ class Broken(EventSourceView):
         raise LookupError("no state")
 
 
+class Odd(EventSourceView):
+    """Its state is what the token says."""
+
+    async def initial_state(self, request: HttpRequest, token: str) -> Any:
+        if token == "forbidden":
+            raise PermissionDenied("Not your state.")
+        if token == "nowhere":
+            raise Http404
+        return [(token, "x")]
+
+
+class Nameless(AllowAny):
+    async def identify(self, request: HttpRequest) -> None:
+        return None
+
+
+class Down(AllowAny):
+    """A policy whose database is away."""
+
+    async def can_listen(self, request: HttpRequest, token: str) -> bool:
+        raise OperationalError("away")
+
+    async def can_send(self, request: HttpRequest, token: str, action: str) -> bool:
+        raise OperationalError("away")
+
+
+class Unidentified(AllowAny):
+    async def identify(self, request: HttpRequest) -> str:
+        raise OperationalError("away")
+
+
 urlpatterns = [
     path("events/", include("django_eventsource.urls")),
     path("json/<action>/<token>", EventSourceView.as_view(event_class=JSONIdEvent)),
@@ -94,6 +126,10 @@ urlpatterns = [
     path("state/<action>/<token>", Stateful.as_view()),
     path("changing/<action>/<token>", Changing.as_view()),
     path("broken/<action>/<token>", Broken.as_view()),
+    path("odd/<action>/<token>", Odd.as_view()),
+    path("nameless/<action>/<token>", EventSourceView.as_view(policy=Nameless)),
+    path("down/<action>/<token>", EventSourceView.as_view(policy=Down)),
+    path("unidentified/<action>/<token>", EventSourceView.as_view(policy=Unidentified)),
     path("quick/<action>/<token>", EventSourceView.as_view(keepalive_seconds=0.02)),
 ]
 
@@ -524,7 +560,13 @@ async def test_sending_where_somebody_must_listen(client: AsyncClient) -> None:
     assert not get_history().heads(["t"])["t"].life
     listening = await client.get("/events/poll/t")
     assert (await send(client, "/heard/ping/t", "x")).status_code == 200
+    await get_watch().beat()
     await start(listening)
+    ((stream, _),) = registry.streams()
+    stream.abort(Reason.LEFT)
+    # What this process has told others a moment ago is not what it knows itself.
+    assert get_history().present("t")
+    assert (await send(client, "/heard/ping/t", "x")).status_code == 404
     get_history().announce("elsewhere", {"u": [""]}, 60)
     assert (await send(client, "/heard/ping/u", "x")).status_code == 200
 
@@ -594,8 +636,52 @@ async def test_a_state_that_fails(client: AsyncClient, caplog: pytest.LogCapture
     """The listener is asked to come back, and takes nobody's place."""
     response = await client.get("/broken/poll/t")
     assert response.content.startswith(b"retry: ")
+    assert "initial_state() of" in caplog.text
     assert "no state" in caplog.text
     assert registry.count("t") == 0
+
+
+@pytest.mark.parametrize("token", ["close", "reset", "nonsense"])
+async def test_a_state_that_cannot_be_sent(
+    client: AsyncClient, caplog: pytest.LogCaptureFixture, token: str
+) -> None:
+    """Its actions are those that may be published, but for the end of the stream."""
+    response = await client.get(f"/odd/poll/{token}")
+    assert response.content.startswith(b"retry: ")
+    assert "initial_state() of" in caplog.text
+
+
+@pytest.mark.parametrize(("token", "status"), [("forbidden", 403), ("nowhere", 404)])
+async def test_a_state_that_is_refused(client: AsyncClient, token: str, status: int) -> None:
+    """A view may say no here as well."""
+    assert (await client.get(f"/odd/poll/{token}")).status_code == status
+    assert registry.count(token) == 0
+
+
+async def test_a_policy_whose_database_is_away(
+    client: AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A browser that is told an error gives up; one that is asked to come back does not."""
+    for url in ("/down/poll/t", "/unidentified/poll/t"):
+        response = await client.get(url)
+        assert response.status_code == 200
+        assert response.content.startswith(b"retry: ")
+    assert "cannot be checked" in caplog.text
+    response = await send(client, "/down/ping/t", "x")
+    assert (response.status_code, response.content) == (
+        503,
+        b"The database failed; the event was not published.\n",
+    )
+    assert not get_history().heads(["t"])["t"].life
+
+
+async def test_nobody_has_no_name(client: AsyncClient, settings) -> None:
+    """A policy that says None means nobody: they are not one user together."""
+    settings.EVENTSOURCE_MAX_STREAMS_PER_USER = 1
+    responses = [await client.get("/nameless/poll/t") for _ in range(2)]
+    assert [listener.user for _, listener in registry.streams()] == ["", ""]
+    for response in responses:
+        await start(response)
 
 
 # Telling

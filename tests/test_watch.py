@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 from asgiref.sync import sync_to_async
 from django.contrib.auth.models import Permission, User
-from django.db import connections
-from django.http import HttpRequest
+from django.db import OperationalError, connections
+from django.http import Http404, HttpRequest
 from django.test import AsyncClient
 from django.urls import path
 
@@ -196,6 +197,39 @@ async def test_a_reader_that_takes_nothing(settings) -> None:
     await quiet.aclose()
 
 
+@in_memory
+async def test_a_reader_that_takes_little(settings) -> None:
+    """As long as it takes something it has not stalled; then it has."""
+    settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.1
+    slow = await open_stream("slow")
+    left = [1000]
+
+    def unsent() -> int:
+        if left[0] > 500:
+            left[0] -= 10
+        return left[0]
+
+    slow.unsent = unsent
+    await until(lambda: left[0] == 500)
+    assert slow.reason is None
+    await until(lambda: slow.reason)
+    assert slow.reason is Reason.STALLED
+
+
+@in_memory
+async def test_a_stream_that_is_never_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its response was dropped: it does not count for ever."""
+    monkeypatch.setattr(module, "UNSERVED_SECONDS", 0.2)
+    served = await open_stream("t")
+    dropped = EventStream("t", get_history().locate("t", None))
+    assert get_watch().admit(dropped, Listener(tokens=("t",))) is None
+    assert registry.count("t") == 2
+    await until(lambda: dropped.reason)
+    assert registry.count("t") == 1
+    assert served.reason is None
+    await served.aclose()
+
+
 # Rights that are lost
 
 
@@ -217,13 +251,35 @@ async def test_a_policy_that_raises(settings, caplog: pytest.LogCaptureFixture) 
     """The stream is kept: a database that is away throws nobody out. It is asked again."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
     stream = await open_stream()
-    Moody.answers["t"] = lambda: 1 / 0
+
+    def away() -> None:
+        raise OperationalError("away")
+
+    Moody.answers["t"] = away
     await until(lambda: Moody.asked.count("t") >= 3)
     assert stream.reason is None
     assert "could not be checked" in caplog.text
     Moody.answers["t"] = lambda: False
     await read_to_end(stream)
     assert stream.reason is Reason.REFUSED
+
+
+@in_memory
+@pytest.mark.parametrize("error", [LookupError, Http404])
+async def test_a_policy_that_fails(
+    settings, caplog: pytest.LogCaptureFixture, error: type[Exception]
+) -> None:
+    """Its error is none of the database's: as a new listener would, this one gets nothing."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
+    stream = await open_stream()
+
+    def fail() -> None:
+        raise error("the room is gone")
+
+    Moody.answers["t"] = fail
+    await read_to_end(stream)
+    assert stream.reason is Reason.REFUSED
+    assert "The policy failed" in caplog.text
 
 
 @in_memory
@@ -239,6 +295,25 @@ async def test_a_policy_that_hangs(settings, monkeypatch: pytest.MonkeyPatch) ->
     assert other.reason is Reason.AGE
     await hanging.aclose()
     await other.aclose()
+
+
+@in_memory
+async def test_policies_that_work_in_threads_hold_up_no_delivery(settings) -> None:
+    """What they block is not the thread in which histories are read."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
+    blocked, free = threading.Event(), threading.Event()
+
+    def block() -> bool:
+        blocked.set()
+        return free.wait(20)
+
+    stream = await open_stream()
+    Moody.answers["t"] = sync_to_async(block)
+    await until(blocked.is_set)
+    async with asyncio.timeout(10):
+        assert await sync_to_async(lambda: "done")() == "done"
+    free.set()
+    await stream.aclose()
 
 
 @in_memory

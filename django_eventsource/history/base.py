@@ -257,7 +257,7 @@ class History(ABC):
 
     @abstractmethod
     def heads(self, tokens: Iterable[str]) -> dict[str, Head]:
-        """Give the head of every one of the tokens.
+        """Give the heads of the tokens; of those whose store is away now, none.
 
         Finishes what a process that died left half done.
         """
@@ -288,8 +288,11 @@ class History(ABC):
         """
 
     @abstractmethod
-    def present(self, token: str) -> list[str]:
-        """Give the identities of all listeners, in all processes with a valid lease."""
+    def present(self, token: str, *, elsewhere: str | None = None) -> list[str]:
+        """Give the identities of all listeners, in all processes with a valid lease.
+
+        :param elsewhere: but for this one.
+        """
 
     @abstractmethod
     def withdraw(self, process: str) -> None:
@@ -366,9 +369,9 @@ class History(ABC):
         """Await :meth:`announce`."""
         return await self.call(self.announce, process, changes, seconds)
 
-    async def apresent(self, token: str) -> list[str]:
+    async def apresent(self, token: str, *, elsewhere: str | None = None) -> list[str]:
         """Await :meth:`present`."""
-        return await self.call(self.present, token)
+        return await self.call(self.present, token, elsewhere=elsewhere)
 
     async def awithdraw(self, process: str) -> None:
         """Await :meth:`withdraw`."""

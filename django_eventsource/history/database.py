@@ -272,8 +272,8 @@ class DatabaseHistory(History):
     def announce(self, process: str, changes: Mapping[str, Sequence[str]], seconds: float) -> bool:
         return self._presence.announce(process, changes, seconds)
 
-    def present(self, token: str) -> list[str]:
-        return self._presence.present(token)
+    def present(self, token: str, *, elsewhere: str | None = None) -> list[str]:
+        return self._presence.present(token, elsewhere)
 
     def withdraw(self, process: str) -> None:
         self._presence.withdraw(process)

@@ -139,12 +139,12 @@ class MemoryHistory(History):
                     del lease.listeners[token]
             return renewed
 
-    def present(self, token: str) -> list[str]:
+    def present(self, token: str, *, elsewhere: str | None = None) -> list[str]:
         with self._lock:
             return [
                 identity
-                for lease in self._leases.values()
-                if lease.valid
+                for process, lease in self._leases.items()
+                if lease.valid and process != elsewhere
                 for identity in lease.listeners.get(token, ())
             ]
 

@@ -75,9 +75,11 @@ class DatabasePresence:
                 delete(mine.filter(key__in=[row.key for row in batch]))
             self._tokens.bulk_create([row for row in batch if row.listeners])
 
-    def present(self, token: str) -> list[str]:
-        """Give the identities of a token's listeners in processes with a valid lease."""
+    def present(self, token: str, elsewhere: str | None) -> list[str]:
+        """Give the identities of a token's listeners in other processes with a valid lease."""
         rows = self._tokens.filter(key=token_key(token), lease__until__gt=DatabaseNow())
+        if elsewhere is not None:
+            rows = rows.exclude(lease__key=token_key(elsewhere))
         counts = [json.loads(text) for text in rows.values_list("identities", flat=True)]
         return [identity for count in counts for identity in Counter(count).elements()]
 

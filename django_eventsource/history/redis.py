@@ -6,11 +6,10 @@ written in the same order. All that belongs to a token expires by itself.
 A token's keys:
 
 - ``head``, a hash: ``last`` and ``closed`` (numbers), ``run`` (the server that gave them);
-- ``events``, a stream whose ids are the sequence numbers; an entry's fields are ``a``
-  (action), ``d`` (data), ``k`` (kind), ``t`` (microseconds), perhaps ``i`` (own id), ``r``
-  (reference of its append), and ``p``: the place that it follows, where that is not the
-  number before. It is in the first entry of a life (the floor) and in the first one
-  after the server was started anew (the last number that survived);
+- ``events``, a stream whose ids are the sequence numbers; ``redis_scripts`` says what the
+  fields are. One is the place that an entry follows, where that is not the number before:
+  it is in the first entry of a life (the floor) and in the first one after the server was
+  started anew (the last number that survived);
 - ``ids``, a hash: own id to number; ``present``, a hash: process to listeners.
 
 A host's keys: ``floor``, a hash with the floor, when it was made, and the epoch; and a
@@ -25,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import uuid
 from collections import defaultdict
@@ -37,15 +37,18 @@ from django.core.exceptions import ImproperlyConfigured
 
 from ..conf import number_error
 from ..tokens import token_key
+from ..troubles import Troubles
 from .base import Draft, Entry, Head, History, Kind, Slice, T
+from .redis_entries import entry_of, follows, identities_of, milliseconds, seq_of, unpack
 from .redis_hosts import Host, Hosts
 from .redis_scripts import APPEND, FLOOR, FORGET, LEASE, READ
 
+troubles = Troubles(logging.getLogger("django_eventsource.history"))
+
 DEFAULT_HOSTS = ("redis://127.0.0.1:6379",)
 THREADS = 8
-"""For all awaited calls of a process."""
+"""For the awaited calls of a process to one host."""
 BATCH = 500
-KINDS = {kind.value.encode(): kind for kind in Kind}
 """Tokens of which the listeners are written in one round trip."""
 PRESENT_SECONDS = 86_400
 """How long the listeners of a token are kept. Leases are what counts."""
@@ -65,6 +68,8 @@ class RedisHistory(History):
     """
 
     shared = True
+    by_token = ("append", "read", "find", "newest", "oldest", "locate", "present")
+    """The methods that ask one host, that of their first argument."""
 
     def __init__(
         self,
@@ -86,7 +91,7 @@ class RedisHistory(History):
         self.prefix = PREFIX
         self._hosts = Hosts(HOSTS, TIMEOUT)
         self.failures = (*self.failures, self._hosts.error)
-        self._executors: dict[int, ThreadPoolExecutor] = {}
+        self._executors: dict[tuple[int, Host | None], ThreadPoolExecutor] = {}
         self._leases: dict[str, dict[Host, bytes]] = {}
         self._announced: dict[str, set[str]] = {}
 
@@ -98,8 +103,8 @@ class RedisHistory(History):
         host = self._host(token)
         ref = uuid.uuid4().hex
         keys = self._keys(token, "head", "events", "ids", f"ref:{ref}")
-        max_age = _milliseconds(self.max_age)
-        bounds = [self.max_events, max_age * 1000, max_age, _milliseconds(self.token_max_age)]
+        max_age = milliseconds(self.max_age)
+        bounds = [self.max_events, max_age * 1000, max_age, milliseconds(self.token_max_age)]
         events = [
             field
             for draft in drafts
@@ -114,7 +119,7 @@ class RedisHistory(History):
                 first = host.run_once(APPEND, keys, [floor, since, ref, *bounds, *events])
             return int(first)
 
-        first = host.again(attempt)
+        first = host.again(attempt, patient=True)
         return [Entry(seq=first + n, draft=draft) for n, draft in enumerate(drafts)]
 
     # Reading
@@ -130,7 +135,7 @@ class RedisHistory(History):
             return Slice(complete=after == floor, last=floor)
         last = int(found[0])
         closed = found[1] is not None and int(found[1]) == last
-        entries = tuple(_unpack(found[3].split(), found[4]))
+        entries = tuple(unpack(found[3].split(), found[4]))
         if not entries:
             return Slice(complete=after == last, last=last, closed=closed)
         first = entries[0].seq
@@ -142,12 +147,27 @@ class RedisHistory(History):
 
     def heads(self, tokens: Iterable[str]) -> dict[str, Head]:
         heads: dict[str, Head] = {}
-        for host, names in self._by_host(tokens).items():
-            commands = [("HMGET", *self._keys(token, "head"), "last") for token in names]
-            (floor, epoch), rows = self._with_floor(host, commands)
-            for token, (last,) in zip(names, rows, strict=True):
-                seq = floor if last is None else int(last)
-                heads[token] = Head(seq=seq, life=last is not None, epoch=epoch)
+        for found in self._each(self._by_host(tokens), self._heads):
+            heads.update(found)
+        return heads
+
+    async def aheads(self, tokens: Iterable[str]) -> dict[str, Head]:
+        """Await :meth:`heads`, of all hosts at once: none waits for one that hangs."""
+        by_host = self._by_host(tokens)
+        calls = [self._run(host, self._heads, host, names) for host, names in by_host.items()]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        heads: dict[str, Head] = {}
+        for found in self._without_failures(by_host, results):
+            heads.update(found)
+        return heads
+
+    def _heads(self, host: Host, names: Sequence[str]) -> dict[str, Head]:
+        commands = [("HMGET", *self._keys(token, "head"), "last") for token in names]
+        (floor, epoch), rows = self._with_floor(host, commands)
+        heads = {}
+        for token, (last,) in zip(names, rows, strict=True):
+            seq = floor if last is None else int(last)
+            heads[token] = Head(seq=seq, life=last is not None, epoch=epoch)
         return heads
 
     def find(self, token: str, cursor: str, seq: int | None) -> tuple[int, Kind] | None:
@@ -163,7 +183,7 @@ class RedisHistory(History):
             rows = host.pipe([at(int(own))]) + rows
         for row in rows:
             for entry in row:
-                return _seq(entry[0]), _entry(*entry).draft.kind
+                return seq_of(entry[0]), entry_of(*entry).draft.kind
         return None
 
     def newest(self, token: str) -> tuple[int, int | None]:
@@ -179,10 +199,10 @@ class RedisHistory(History):
         (floor, _), (last, rows) = self._with_floor(self._host(token), commands)
         if last is None:
             return floor
-        return _follows(*rows[0]) if rows else int(last)
+        return follows(*rows[0]) if rows else int(last)
 
     def _floor_script(self) -> tuple[Any, list[str], list[Any]]:
-        half = _milliseconds(self.token_max_age) * 500
+        half = milliseconds(self.token_max_age) * 500
         return FLOOR, [f"{self.prefix}:floor"], [uuid.uuid4().hex, half]
 
     def _with_floor(
@@ -203,28 +223,30 @@ class RedisHistory(History):
         # What fails on the way leaves no generation to rely on: the next call starts anew.
         known = self._leases.pop(process, {})
         leases: dict[Host, bytes] = {}
-        by_host = self._by_host(changes)
-        whole = True
-        for host in self._hosts.all:
+        by_host = {host: self._by_host(changes).get(host, []) for host in self._hosts.all}
+
+        def announce(host: Host, names: Sequence[str]) -> bool:
             args = [
                 known.get(host, ""),
                 uuid.uuid4().hex,
-                _milliseconds(seconds),
+                milliseconds(seconds),
                 int(REWRITE_SECONDS * 1_000_000),
             ]
-            leases[host], kept = host.run(LEASE, [self._lease_key(process)], args)
-            whole = whole and bool(kept)
-            names = by_host.get(host, [])
+            generation, kept = host.run(LEASE, [self._lease_key(process)], args)
             for start in range(0, len(names), BATCH):
                 commands: list[Sequence[Any]] = []
                 for token in names[start : start + BATCH]:
-                    commands += self._write(process, leases[host], token, changes[token])
+                    commands += self._write(process, generation, token, changes[token])
                 host.pipe(commands)
+            leases[host] = generation
+            return bool(kept)
+
+        kept = list(self._each(by_host, announce))
         announced = self._announced.setdefault(process, set())
         announced.update(token for token, names in changes.items() if names)
         announced.difference_update(token for token, names in changes.items() if not names)
         self._leases[process] = leases
-        return whole
+        return all(kept)
 
     def _write(
         self, process: str, generation: bytes, token: str, identities: Sequence[str]
@@ -239,20 +261,24 @@ class RedisHistory(History):
             ("PEXPIRE", key, PRESENT_SECONDS * 1000),
         ]
 
-    def present(self, token: str) -> list[str]:
+    def present(self, token: str, *, elsewhere: str | None = None) -> list[str]:
         (found,) = self._listeners(self._host(token), [token])
-        return found
+        here = (elsewhere or "").encode()
+        return [one for process, names in found.items() if process != here for one in names]
 
     def withdraw(self, process: str) -> None:
         self._leases.pop(process, None)
         by_host = self._by_host(self._announced.pop(process, ()))
-        for host in self._hosts.all:
-            keys = [key for token in by_host.get(host, []) for key in self._keys(token, "present")]
+
+        def withdraw(host: Host, names: Sequence[str]) -> None:
+            keys = [key for token in names for key in self._keys(token, "present")]
             ends = [("HDEL", key, process) for key in keys]
             host.pipe([("DEL", self._lease_key(process)), *ends])
 
-    def _listeners(self, host: Host, tokens: Sequence[str]) -> list[list[str]]:
-        """Give each token's listeners, and remove what dead processes left."""
+        list(self._each({host: by_host.get(host, []) for host in self._hosts.all}, withdraw))
+
+    def _listeners(self, host: Host, tokens: Sequence[str]) -> list[dict[bytes, list[str]]]:
+        """Give each token's listeners by process, and remove what dead processes left."""
         keys = [self._keys(token, "present")[0] for token in tokens]
         rows = host.pipe([("HGETALL", key) for key in keys])
         processes = sorted({process for row in rows for process in row})
@@ -265,7 +291,7 @@ class RedisHistory(History):
             stale = [part for item in row.items() if item[0] not in fresh for part in item]
             if stale:
                 host.run(FORGET, [key], stale)
-            found.append([one for value in fresh.values() for one in _identities(value)])
+            found.append({name: identities_of(value) for name, value in fresh.items()})
         return found
 
     # Trimming
@@ -273,9 +299,12 @@ class RedisHistory(History):
     def prune(self) -> int:
         """Remove what dead processes left. Events go with appends, or expire: gives 0."""
         tokens = {token for names in list(self._announced.values()) for token in list(names)}
-        for host, names in self._by_host(tokens).items():
+
+        def prune(host: Host, names: Sequence[str]) -> None:
             for start in range(0, len(names), BATCH):
                 self._listeners(host, names[start : start + BATCH])
+
+        list(self._each(self._by_host(tokens), prune))
         return 0
 
     # Keys
@@ -299,56 +328,51 @@ class RedisHistory(History):
 
     # Running
 
+    def _each(
+        self, by_host: Mapping[Host, list[str]], work: Callable[[Host, list[str]], T]
+    ) -> Iterator[T]:
+        """Do the same on several hosts, whichever of them are away."""
+        results: list[T | BaseException] = []
+        for host, names in by_host.items():
+            try:
+                results.append(work(host, names))
+            except self._hosts.error as error:
+                results.append(error)
+        return self._without_failures(by_host, results)
+
+    def _without_failures(
+        self, hosts: Iterable[Host], results: Sequence[T | BaseException]
+    ) -> Iterator[T]:
+        """Give what came of the hosts that could be reached.
+
+        :raises redis.exceptions.RedisError: when none could.
+        """
+        failures = [
+            (host, result)
+            for host, result in zip(hosts, results, strict=True)
+            if isinstance(result, BaseException)
+        ]
+        for host, error in failures:
+            if len(failures) == len(results) or not isinstance(error, self._hosts.error):
+                raise error
+            troubles.tell(
+                "The host %r of the history is away; the others go on.", host.name, error
+            )
+        return (result for result in results if not isinstance(result, BaseException))
+
     async def call(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run in threads of the history's own: a server that hangs holds up nothing else."""
-        executor = self._executors.get(os.getpid())
+        host = self._host(args[0]) if getattr(func, "__name__", "") in self.by_token else None
+        return await self._run(host, func, *args, **kwargs)
+
+    async def _run(
+        self, host: Host | None, func: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> T:
+        # The threads of a process do not live on in its fork.
+        key = os.getpid(), host
+        executor = self._executors.get(key)
         if executor is None:
-            # The threads of a process do not live on in its fork.
             made = ThreadPoolExecutor(THREADS, thread_name_prefix="eventsource-redis")
-            executor = self._executors.setdefault(os.getpid(), made)
+            executor = self._executors.setdefault(key, made)
         work = partial(func, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(executor, work)
-
-
-def _milliseconds(seconds: float) -> int:
-    """Give a time span that can be added to any date of today."""
-    return max(int(min(seconds, 10**10) * 1000), 1)
-
-
-def _seq(entry_id: bytes) -> int:
-    return int(entry_id.partition(b"-")[0])
-
-
-def _follows(entry_id: bytes, fields: Mapping[bytes, bytes]) -> int:
-    """Give the place that an entry follows."""
-    before = fields.get(b"p")
-    return _seq(entry_id) - 1 if before is None else int(before)
-
-
-def _unpack(lengths: Sequence[bytes], texts: bytes) -> Iterator[Entry]:
-    """Read what the scripts packed."""
-    at = 0
-    numbers = map(int, lengths)
-    for seq, _, action, data, kind, own_id in zip(*[numbers] * 6, strict=True):
-        data_at = at + action
-        kind_at = data_at + data
-        own_at = kind_at + kind
-        end = own_at + own_id
-        draft = Draft(
-            action=texts[at:data_at].decode(),
-            data=texts[data_at:kind_at],
-            event_id=texts[own_at:end].decode() if own_id else None,
-            kind=KINDS[texts[kind_at:own_at]],
-        )
-        yield Entry(seq=seq, draft=draft)
-        at = end
-
-
-def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
-    (entry,) = _unpack([str(_seq(entry_id)).encode(), *fields[b"m"].split()], fields[b"e"])
-    return entry
-
-
-def _identities(value: bytes) -> list[str]:
-    identities: list[str] = json.loads(value[32:])
-    return identities

@@ -16,10 +16,15 @@ from .redis_scripts import Script
 
 T = TypeVar("T")
 
+IMPATIENT_SECONDS = 1.0
+LOOK_AGAIN_SECONDS = 1.0
+"""How soon one caller tries a server again that was found away."""
+
 SETTING = "EVENTSOURCE_HISTORY HOSTS"
 HOST_FORMS = (
     'URLs such as "redis://127.0.0.1:6379", (host, port) tuples, and dictionaries with '
-    '"address" or with keyword arguments of redis.Redis'
+    '"address" or with keyword arguments of redis.Redis, and with "cluster": True where the '
+    "server is a node of a cluster"
 )
 PASSING = ("NOREPLICAS", "BUSY ")
 """How errors begin that go away, besides those that have a class of their own."""
@@ -35,16 +40,27 @@ WAYS_OUT = {
 class Host:
     """One server: runs work on it, again while it cannot be reached."""
 
-    def __init__(self, redis: Any, name: str, client: Any, timeout: float) -> None:
+    def __init__(
+        self,
+        redis: Any,
+        name: str,
+        client: Any,
+        timeout: float,
+        connect: Callable[[], Any] | None = None,
+    ) -> None:
         self.name = name
         """The address, without any password."""
-        self.client = client
+        self._client = client
+        self._connect = connect
         self._timeout = timeout
+        self._failure: Exception | None = None
+        self._look_again_at = 0.0
         errors = redis.exceptions
         self._no_script = errors.NoScriptError
         self._read_only = errors.ReadOnlyError
         self._refused = (errors.AuthenticationError, errors.AuthorizationError)
         self._errors = errors.RedisError
+        self._away = (errors.ConnectionError, errors.TimeoutError)
         self._passing = (
             errors.ConnectionError,
             errors.TimeoutError,
@@ -54,30 +70,62 @@ class Host:
             errors.TryAgainError,
         )
 
-    def again(self, work: Callable[[float | None], T]) -> T:
+    @property
+    def client(self) -> Any:
+        """The client of redis-py."""
+        if self._client is None and self._connect is not None:
+            self._client = self._connect()
+        return self._client
+
+    @client.setter
+    def client(self, client: Any) -> None:
+        self._client = client
+
+    def again(self, work: Callable[[float | None], T], *, patient: bool = False) -> T:
         """Run work until it succeeds, fails for good, or the time is up.
 
         :param work: is given the seconds since the first attempt began; ``None`` if it
             is the first.
+        :param patient: try for the whole time-out. What is not patient is for somebody who
+            asks again anyway: it tries for a moment, and not at all on a server that was
+            found away just now, so that a thousand do not wait one after the other.
         """
+        if not patient:
+            self._give_up_early()
+        patience = self._timeout if patient else min(self._timeout, IMPATIENT_SECONDS)
         began = time.monotonic()
         elapsed: float | None = None
         pause = 0.01
         while True:
             try:
-                return work(elapsed)
+                result = work(elapsed)
             except self._errors as error:
                 elapsed = time.monotonic() - began
-                if not self._passes(error) or elapsed >= self._timeout:
+                if isinstance(error, self._away):
+                    self._failure = error
+                    self._look_again_at = time.monotonic() + LOOK_AGAIN_SECONDS
+                if not self._passes(error) or elapsed >= patience:
                     self._explain(error, elapsed)
                     raise
                 if isinstance(error, self._read_only):
                     # Its name may lead to another server by now.
                     self.client.close()
+            else:
+                self._failure = None
+                return result
             # Those who retried in step would collide again.
             time.sleep(random.uniform(pause / 2, pause))  # noqa: S311
             pause = min(pause * 2, 1.0)
             elapsed = time.monotonic() - began
+
+    def _give_up_early(self) -> None:
+        """Fail at once where the server was away a moment ago; now and then let one try."""
+        failure, now = self._failure, time.monotonic()
+        if failure is None:
+            return
+        if now < self._look_again_at:
+            raise self._away[0](f"{failure} (a moment ago)")
+        self._look_again_at = now + self._timeout
 
     def _passes(self, error: Exception) -> bool:
         if isinstance(error, self._refused):
@@ -160,6 +208,8 @@ class Hosts:
 
 def _make_host(redis: Any, host: Any, timeout: float) -> Host:
     kwargs = _keyword_arguments(host)
+    if kwargs.pop("cluster", False):
+        return _make_cluster(redis, kwargs, timeout)
     # A call must be able to fail and be tried again before its time is up.
     defaults = {"socket_timeout": timeout / 3, "socket_connect_timeout": timeout / 3}
     try:
@@ -178,6 +228,30 @@ def _make_host(redis: Any, host: Any, timeout: float) -> Host:
     name = known.get("path") or known.get("master_name")
     name = name or f"{known.get('host', 'localhost')}:{known.get('port', 6379)}"
     return Host(redis, str(name), client, timeout)
+
+
+def _make_cluster(redis: Any, kwargs: dict[str, Any], timeout: float) -> Host:
+    """Make the client of a cluster when it is first needed: making it asks the cluster."""
+    address = kwargs.pop("address", None)
+    options: dict[str, Any] = {
+        "socket_timeout": timeout / 3,
+        "socket_connect_timeout": timeout / 3,
+        **kwargs,
+        "decode_responses": False,
+        "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+    }
+
+    def connect() -> Any:
+        try:
+            if address is not None:
+                return redis.RedisCluster.from_url(address, **options)
+            return redis.RedisCluster(**options)
+        except redis.exceptions.RedisClusterException as error:
+            # It is no RedisError, and it passes.
+            raise redis.exceptions.ConnectionError(str(error)) from error
+
+    name = str(address or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}")
+    return Host(redis, re.sub(r"//[^@]*@", "//", name), None, timeout, connect)
 
 
 def _keyword_arguments(host: Any) -> dict[str, Any]:
