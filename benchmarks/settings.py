@@ -1,0 +1,67 @@
+"""The settings of the Django projects that are measured: those of `startproject`, and ours.
+
+``BENCH_HISTORY`` is ``memory`` (if not given), ``database`` or ``redis``; ``BENCH_LAYER``
+``memory`` or ``redis``; ``BENCH_REDIS`` the URL of a server; ``BENCH_DATABASE`` the path of an
+SQLite file.
+"""
+
+from __future__ import annotations
+
+import os
+
+SECRET_KEY = "benchmarks only"  # noqa: S105
+DEBUG = False
+ALLOWED_HOSTS = ["127.0.0.1"]
+ROOT_URLCONF = "benchmarks.urls"
+USE_TZ = True
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+INSTALLED_APPS = [
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "channels",
+    "django_eventsource",
+]
+MIDDLEWARE = (
+    []
+    if os.environ.get("BENCH_MIDDLEWARE") == "none"
+    else [
+        "django.middleware.security.SecurityMiddleware",
+        "django.contrib.sessions.middleware.SessionMiddleware",
+        "django.middleware.common.CommonMiddleware",
+        "django.middleware.csrf.CsrfViewMiddleware",
+        "django.contrib.auth.middleware.AuthenticationMiddleware",
+        "django.contrib.messages.middleware.MessageMiddleware",
+        "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    ]
+)
+DATABASES = {
+    "default": {
+        "ENGINE": "django.db.backends.sqlite3",
+        "NAME": os.environ.get("BENCH_DATABASE", ":memory:"),
+    }
+}
+LOGGING_CONFIG = None
+
+REDIS = os.environ.get("BENCH_REDIS", "")
+CHANNEL_LAYERS = {
+    "memory": {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}},
+    "redis": {
+        "default": {
+            "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
+            "CONFIG": {"hosts": [{"address": REDIS, "socket_timeout": None}]},
+        }
+    },
+}[os.environ.get("BENCH_LAYER", "memory")]
+
+EVENTSOURCE_COALESCE_SECONDS = float(os.environ.get("BENCH_COALESCE", "0.005")) or None
+EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
+EVENTSOURCE_HISTORY = {
+    "memory": {"BACKEND": "django_eventsource.history.memory.MemoryHistory"},
+    "database": {"BACKEND": "django_eventsource.history.database.DatabaseHistory"},
+    "redis": {
+        "BACKEND": "django_eventsource.history.redis.RedisHistory",
+        "OPTIONS": {"HOSTS": [REDIS]},
+    },
+}[os.environ.get("BENCH_HISTORY", "memory")]
