@@ -20,6 +20,9 @@ help:
 	@echo "make demo-cluster  the same on three server processes, ports 8001 to 8003"
 	@echo "make test    run every test, with coverage (ARGS=... for pytest)"
 	@echo "make test-faults  run the fault suite (SEED=... for another run, ARGS=--rst for a table)"
+	@echo "make bench   measure, side by side with others, and write docs/performance.rst (a C compiler is"
+	@echo "             needed; nginx with nchan is measured where it is installed)"
+	@echo "make bench-short  what of it noise cannot flip; fails on a regression"
 	@echo "make lint    check style and format"
 	@echo "make types   check types"
 	@echo "make clean   remove all that was made, $(VENV) and the demo's database too"
@@ -41,6 +44,14 @@ test: $(VENV)/installed-test
 .PHONY: test-faults
 test-faults: $(VENV)/installed-test
 	@exec $(VENV)/bin/python -m pytest -q --no-cov tests/faults $(ARGS)
+
+.PHONY: bench
+bench: $(VENV)/installed-bench
+	@exec $(VENV)/bin/python -m benchmarks $(ARGS)
+
+.PHONY: bench-short
+bench-short: $(VENV)/installed-test
+	@exec $(VENV)/bin/python -m benchmarks.short
 
 .PHONY: lint
 lint: $(VENV)/installed-lint

@@ -2,14 +2,17 @@
 
 ``BENCH_HISTORY`` is ``memory`` (if not given), ``database`` or ``redis``; ``BENCH_LAYER``
 ``memory`` or ``redis``; ``BENCH_REDIS`` the URL of a server; ``BENCH_DATABASE`` the path of an
-SQLite file.
+SQLite file, or the URL of a PostgreSQL server. ``BENCH_MIDDLEWARE=none`` leaves all middleware
+out; ``BENCH_PEER=django_eventstream`` adds an app.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
-SECRET_KEY = "benchmarks only"  # noqa: S105
+SECRET_KEY = "benchmarks only"
 DEBUG = False
 ALLOWED_HOSTS = ["127.0.0.1"]
 ROOT_URLCONF = "benchmarks.urls"
@@ -22,6 +25,7 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "channels",
     "django_eventsource",
+    *filter(None, [os.environ.get("BENCH_PEER")]),
 ]
 MIDDLEWARE = (
     []
@@ -36,12 +40,19 @@ MIDDLEWARE = (
         "django.middleware.clickjacking.XFrameOptionsMiddleware",
     ]
 )
-DATABASES = {
-    "default": {
-        "ENGINE": "django.db.backends.sqlite3",
-        "NAME": os.environ.get("BENCH_DATABASE", ":memory:"),
-    }
+DATABASE = os.environ.get("BENCH_DATABASE", ":memory:")
+DATABASES: dict[str, dict[str, Any]] = {
+    "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": DATABASE}
 }
+if DATABASE.startswith("postgresql:"):
+    url = urlsplit(DATABASE)
+    DATABASES["default"] = {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": url.path.strip("/") or "postgres",
+        "USER": unquote(url.username or "postgres"),
+        "HOST": parse_qs(url.query).get("host", [url.hostname or ""])[0],
+        "PORT": str(url.port or ""),
+    }
 LOGGING_CONFIG = None
 
 REDIS = os.environ.get("BENCH_REDIS", "")
@@ -55,7 +66,6 @@ CHANNEL_LAYERS = {
     },
 }[os.environ.get("BENCH_LAYER", "memory")]
 
-EVENTSOURCE_COALESCE_SECONDS = float(os.environ.get("BENCH_COALESCE", "0.005")) or None
 EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
 EVENTSOURCE_HISTORY = {
     "memory": {"BACKEND": "django_eventsource.history.memory.MemoryHistory"},

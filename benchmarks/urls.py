@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
-from django.http import HttpRequest, HttpResponse
+from collections.abc import AsyncIterator
+
+from asgiref.sync import sync_to_async
+from channels.layers import get_channel_layer
+from django.conf import settings
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.urls import include, path
 from django.views.decorators.csrf import csrf_exempt
+
+HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
 
 
 @csrf_exempt
 async def bare_view(request: HttpRequest) -> HttpResponse:
     """Answer what a stream begins with: the least that an async Django view does."""
-    return HttpResponse(b": open\n", headers={"Content-Type": "text/event-stream"})
+    return HttpResponse(b": open\n", headers=HEADERS)
+
+
+@csrf_exempt
+async def naive(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
+    """Stream from a channel of each connection's own, as Channels' tutorials do; POST sends."""
+    layer = get_channel_layer()
+    if request.method == "POST":
+        await layer.group_send("naive", {"type": "event", "text": request.body.decode()})
+        return HttpResponse(status=204)
+
+    async def stream() -> AsyncIterator[bytes]:
+        channel = await layer.new_channel()
+        await layer.group_add("naive", channel)
+        yield b": open\n"
+        while True:
+            message = await layer.receive(channel)
+            yield f"event: ping\ndata: {message['text']}\n\n".encode()
+
+    return StreamingHttpResponse(stream(), headers=HEADERS)
 
 
 urlpatterns = [
     path("events/", include("django_eventsource.urls")),
     path("bare", bare_view),
+    path("naive", naive),
 ]
+
+if "django_eventstream" in settings.INSTALLED_APPS:
+    from django_eventstream import send_event
+
+    @csrf_exempt
+    async def eventstream_send(request: HttpRequest) -> HttpResponse:
+        """Send with django-eventstream."""
+        await sync_to_async(send_event)("t", "ping", {"text": request.body.decode()})
+        return HttpResponse(status=204)
+
+    urlpatterns += [
+        path("eventstream/send", eventstream_send),
+        path("eventstream/", include("django_eventstream.urls"), {"channels": ["t"]}),
+    ]

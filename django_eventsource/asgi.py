@@ -119,11 +119,14 @@ async def _send_all(
     stream: EventStream, send: Send, producer: Producer | None, most: int | None
 ) -> None:
     async for chunk in stream:
-        for start in range(0, len(chunk), most or len(chunk)):
-            piece = chunk[start : start + most] if most else chunk
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-            stream.progress()
-        if producer is not None:
+        if most is None or len(chunk) <= most:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        else:
+            for start in range(0, len(chunk), most):
+                piece = chunk[start : start + most]
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                stream.progress()
+        if producer is not None and not producer.ready:
             await producer.wait()
 
 

@@ -48,6 +48,11 @@ class Producer:
         """Receive: it has gone."""
         self._ready.set()
 
+    @property
+    def ready(self) -> bool:
+        """Does it want more?"""
+        return self._ready.is_set()
+
     async def wait(self) -> None:
         """Wait until it wants more."""
         await self._ready.wait()

@@ -8,6 +8,10 @@ new one when the old one is deaf.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from typing import Any
+
 from channels.exceptions import InvalidChannelLayerError
 from channels.layers import (
     BaseChannelLayer,
@@ -18,6 +22,9 @@ from channels.layers import (
 from django.core.exceptions import ImproperlyConfigured
 
 from .conf import conf
+
+LAYER_SECONDS = 10.0
+"""How long one call of the channel layer may take."""
 
 MESSAGE_TYPE = "eventsource.frame"
 
@@ -50,3 +57,18 @@ def make_hub_layer() -> BaseChannelLayer:
     if get_layer() is None:
         return InMemoryChannelLayer(capacity=LOCAL_CAPACITY)
     return channel_layers.make_backend(conf.channel_layer)
+
+
+async def let_go(layer: Any) -> None:
+    """Close the connections of a layer that is not used any more.
+
+    The pub/sub layer of channels_redis does that in ``flush()``; the same name of the core
+    layer empties the broker.
+    """
+    close = getattr(layer, "close_pools", None)
+    if type(layer).__name__ == "RedisPubSubChannelLayer":
+        close = layer.flush
+    if close is not None:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(LAYER_SECONDS):
+                await close()

@@ -9,7 +9,6 @@ nothing comes for long, it takes a new layer.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -18,12 +17,10 @@ from typing import Any
 from channels.layers import BaseChannelLayer
 
 from .feeds import Feed
-from .layers import make_hub_layer
+from .layers import LAYER_SECONDS, let_go, make_hub_layer
 
 logger = logging.getLogger("django_eventsource.hub")
 
-LAYER_SECONDS = 10.0
-"""How long one call of the channel layer may take."""
 REJOIN_SECONDS = 600.0
 """Time between group joins: layers forget members, after 60 s or a day."""
 DEAF_SECONDS = 20.0
@@ -155,21 +152,6 @@ class Membership:
         self.forget()
         for feed in self._feeds.values():
             feed.joining = None
-
-
-async def let_go(layer: Any) -> None:
-    """Close the connections of a layer that is not used any more.
-
-    The pub/sub layer of channels_redis does that in ``flush()``; the same name of the core
-    layer empties the broker.
-    """
-    close = getattr(layer, "close_pools", None)
-    if type(layer).__name__ == "RedisPubSubChannelLayer":
-        close = layer.flush
-    if close is not None:
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(LAYER_SECONDS):
-                await close()
 
 
 def is_timeout(error: Exception) -> bool:

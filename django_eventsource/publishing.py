@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import sync_to_async
 from channels.layers import BaseChannelLayer
 from django.db import transaction
 from django.utils.asyncio import async_unsafe
 
+from .background import background
 from .batches import Batch
 from .conf import check_event_class, conf
 from .events import Event, is_durable
@@ -139,8 +140,7 @@ def _cut(pairs: Sequence[Prepared]) -> Iterator[Sequence[Prepared]]:
             yield pairs[start:n]
             start, size = n, 0
         size += len(draft.data)
-    if pairs:
-        yield pairs[start:]
+    yield pairs[start:]
 
 
 def _publish(events: Sequence[Event], drafts: Sequence[Draft]) -> None:
@@ -323,7 +323,7 @@ def _send(token: str, batches: Iterable[Batch]) -> None:
             for message in messages:
                 hub.deliver(message)
         return
-    _off_the_loop(partial(async_to_sync(_group_send), layer, group, messages))
+    background.run(layer, _group_send(layer, group, messages))
 
 
 def _off_the_loop(work: Callable[[], object]) -> None:

@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -49,7 +50,11 @@ class Shutdown:
             call(previous, number, frame)
             return
         self.begun = True
-        loop.call_soon_threadsafe(self._begin, loop, partial(call, previous, number, frame))
+        # In no context of whatever the signal has interrupted: asgiref, for one, keeps in it
+        # that a thread is being waited for.
+        loop.call_soon_threadsafe(
+            self._begin, loop, partial(call, previous, number, frame), context=Context()
+        )
 
     def _begin(self, loop: asyncio.AbstractEventLoop, then: Any) -> None:
         task = loop.create_task(self._end(loop))

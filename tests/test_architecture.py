@@ -33,7 +33,7 @@ LAYERS = [
     ["history", "policies"],
     # 3
     ["layers"],
-    ["cursors"],
+    ["cursors", "background"],
     ["subscribers"],
     ["feeds"],
     ["membership", "reads"],

@@ -224,6 +224,28 @@ async def test_what_the_reader_has_not_got_yet() -> None:
     assert unsent(writer.transport) is None, "the connection has gone"
 
 
+def test_what_is_unsent_on_daphne() -> None:
+    """Twisted's transport holds it in two places, besides the operating system."""
+    near, far = socket.socketpair()
+
+    class Twisted:
+        dataBuffer = b"x" * 100  # noqa: N815
+        offset = 30
+        _tempDataLen = 5  # noqa: N815
+
+        def getHandle(self) -> socket.socket:  # noqa: N802
+            return near
+
+    assert unsent(Twisted()) == 75
+    near.send(b"x" * 1000)
+    assert (unsent(Twisted()) or 0) >= 1075, "Linux counts what a packet takes"
+    far.recv(1000)
+    assert unsent(Twisted()) == 75
+    near.close()
+    far.close()
+    assert unsent(Twisted()) is None
+
+
 @pytest.mark.parametrize("transport", [None, object(), Transport()])
 def test_what_is_not_known_to_be_unsent(transport: object) -> None:
     """A server that is not known says nothing of it."""

@@ -389,6 +389,13 @@ def test_other_ids_are_refused(event_id):
         check_id(event_id)
 
 
+def test_an_id_that_looks_like_a_cursor_is_refused():
+    """With it a listener would be taken for one of several tokens, and start afresh."""
+    with pytest.raises(InvalidEvent, match="must not begin with '~'"):
+        check_id("~" + "A" * 19)
+    check_id("A~")
+
+
 @pytest.mark.parametrize(
     ("lines", "milliseconds"),
     [(["0"], 0), (["05"], 5), (["3000"], 3000), (["9" * 15], 10**15 - 1)],

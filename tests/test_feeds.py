@@ -575,6 +575,16 @@ def test_an_early_message_of_several_frames(feed: Feed) -> None:
     assert not feed.has_gap
 
 
+def test_a_read_that_the_layer_has_overtaken_in_part(feed: Feed) -> None:
+    """Of what it gives, only what is new is passed on."""
+    subscriber = subscribe(feed)
+    for seq in (11, 12, 13):
+        send(feed, seq)
+    entries = (entry(11), entry(12, Kind.FINISH), entry(13), entry(14))
+    assert not feed.pass_on(10, Slice(entries=entries, complete=True, last=14))
+    assert got(subscriber) == ["11", "12", "13", "14"]
+
+
 def test_a_batch_without_room_is_read_again(feed: Feed) -> None:
     """None of it is lost, and none of it comes twice."""
     subscriber = subscribe(feed, size=60)

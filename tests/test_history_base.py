@@ -378,6 +378,9 @@ def test_listeners_of_all_processes_are_present(history: History) -> None:
     assert sorted(history.present("t")) == ["", "", "a", "a", "b"]
     assert history.present("other") == ["z"]
     assert history.present("nobody") == []
+    assert sorted(history.present("t", elsewhere="one")) == ["", "b"]
+    assert sorted(history.present("t", elsewhere="two")) == ["", "a", "a"]
+    assert len(history.present("t", elsewhere="three")) == 5
 
 
 def test_announcing_says_what_changed(history: History) -> None:

@@ -351,6 +351,25 @@ async def test_a_message_that_breaks_something_is_logged(
 # Failures
 
 
+async def test_a_token_of_which_nothing_is_known_now(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose store is away waits; the others' events are found."""
+    here, away = await listen(hub, "here"), await listen(hub, "away")
+    real = get_history()
+
+    async def aheads(tokens: list[str]) -> dict[str, Head]:
+        return {token: head for token, head in real.heads(tokens).items() if token == "here"}
+
+    monkeypatch.setattr(real, "aheads", aheads)
+    add(real, "a", token="away")
+    add(real, "b", token="here")
+    assert await receive(here, 1) == ["b"]
+    assert not away.has_news
+    monkeypatch.undo()
+    assert await receive(away, 1) == ["a"]
+
+
 async def test_a_failing_layer_ends_no_stream(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     """receive() that raises is tried again, and every group is joined again."""
     subscriber = await listen(hub)

@@ -13,6 +13,7 @@ from channels.layers import BaseChannelLayer, get_channel_layer
 
 from django_eventsource import hub as hub_module
 from django_eventsource import membership as module
+from django_eventsource.background import background
 from django_eventsource.events import StringEvent
 from django_eventsource.feeds import Feed
 from django_eventsource.history import get_history
@@ -389,7 +390,8 @@ def use(settings: Any, backend: str, **config: Any) -> None:
 
 
 async def close_layers(hub: Hub) -> None:
-    """Close the connections of this test's loop, as the end of a process would."""
+    """Close the connections, as the end of a process would."""
+    await asyncio.to_thread(background.end)
     for layer in (hub._membership.layer, get_channel_layer()):
         close = getattr(layer, "close_pools", None) or layer.flush
         await close()

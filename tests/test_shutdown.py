@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from asgiref.sync import SyncToAsync, sync_to_async
 from django.test import AsyncClient
 
 from django_eventsource import shutdown as module
@@ -116,6 +117,19 @@ async def test_what_is_buffered_goes_first(before: list[int], settings) -> None:
     await ending
     assert (b"data: x" in first, b"data: y" in rest) == (True, True)
     assert 500 <= comes_back_ms(rest) <= 5000
+
+
+async def test_what_was_interrupted_is_left_alone(before: list[int]) -> None:
+    """The end runs in a context of its own: a database's thread may be waited for in that one."""
+    install(asyncio.get_running_loop(), farewell=lambda: sync_to_async(time.monotonic)())
+    stream = open_stream()
+    body = asyncio.create_task(read_to_end(stream))
+    await until(lambda: stream.is_open)
+    SyncToAsync.deadlock_context.set(True)
+    signal.raise_signal(signal.SIGTERM)
+    SyncToAsync.deadlock_context.set(False)
+    await body
+    await until(lambda: before)
 
 
 async def test_without_streams_nothing_is_delayed(before: list[int]) -> None:

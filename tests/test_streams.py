@@ -599,6 +599,9 @@ async def test_since_when_the_server_has_a_chunk(history: History) -> None:
     """Between two steps it is known how long the server takes; waiting does not count."""
     reader = Reader(open_stream())
     assert reader.stream.sending_since is None
+    reader.stream.progress()
+    assert reader.stream.sending_since is None, "nothing is being taken"
+    assert reader.stream.stalled_for(1e12) == 0
     await reader.chunk()
     since = reader.stream.sending_since
     assert since is not None
@@ -609,6 +612,10 @@ async def test_since_when_the_server_has_a_chunk(history: History) -> None:
     await apublish("t", "ping", "a")
     await waiting
     assert reader.stream.sending_since is not None
+    assert reader.stream.sending_since >= since
+    reader.stream.sending_since = since - 5
+    assert reader.stream.stalled_for(since) == 5
+    reader.stream.progress()
     assert reader.stream.sending_since >= since
     await reader.stream.aclose()
 

@@ -1,0 +1,284 @@
+"""``python -m benchmarks``: measure everything, and write ``docs/performance.rst``.
+
+It takes a quarter of an hour, and wants the machine for itself. ``--rounds`` says how often
+each comparison is made; what is written are medians, and ratios are of one round each.
+``--only`` names sections, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import django
+
+from benchmarks import contenders as who
+from benchmarks import measure, report, stores
+from benchmarks.measure import FLOOD, PACED, median, ratio
+from benchmarks.report import number, table
+
+RAW = Path(__file__).resolve().parent / "build" / "results.json"
+ALL = (
+    *(who.NCHAN, who.BARE, who.HANDED_OVER, who.INSIDE, who.SSE_STARLETTE),
+    *(who.EVENTSTREAM, who.NAIVE, who.BARE_DAPHNE, who.DAPHNE),
+)
+
+
+def present(*some: who.Contender) -> list[who.Contender]:
+    """Give those that can be measured here, and tell of the others."""
+    for one in some:
+        if one.missing:
+            print(f"  {one.name}: left out, {one.missing}")
+    return [one for one in some if not one.missing]
+
+
+def paced(rounds: int) -> dict[str, Any]:
+    """Measure a thousand listeners of one token, 20 events a second."""
+    return measure.side_by_side(present(*ALL), rounds, PACED)
+
+
+def flood(rounds: int) -> dict[str, Any]:
+    """Measure eight publishers that publish as fast as they are answered."""
+    some = present(who.NCHAN, who.BARE, who.HANDED_OVER, who.INSIDE, who.EVENTSTREAM)
+    return measure.side_by_side(some, rounds, FLOOD)
+
+
+def growth(rounds: int) -> dict[str, Any]:
+    """Measure more and more listeners."""
+    return measure.growth(present(who.BARE, who.HANDED_OVER), max(1, rounds // 2))
+
+
+def tokens(rounds: int) -> dict[int, Any]:
+    """Measure more and more tokens."""
+    return measure.tokens(who.HANDED_OVER)
+
+
+def histories(rounds: int) -> dict[str, Any]:
+    """Measure what each history takes."""
+    found = {}
+    for name in stores.NAMES:
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.stores", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=who.ROOT)
+        found[name] = json.loads(done.stdout)
+        print(f"  {name}: {found[name]['many_per_second']:,.0f} events/s", flush=True)
+    return found
+
+
+SECTIONS: dict[str, Callable[[int], Any]] = {
+    "paced": paced,
+    "flood": flood,
+    "opening": measure.opening,
+    "growth": growth,
+    "tokens": tokens,
+    "histories": histories,
+}
+
+
+def goals(found: dict[str, Any]) -> str:
+    """Give the ratios that matter, with what they may be."""
+    paced, flood, opening = found["paced"], found["flood"], found["opening"]
+    cpu = "cpu_us_per_delivery"
+    ours, bare = who.HANDED_OVER, who.BARE
+    grown = found["growth"][ours.name]
+    stream, view = opening.values()
+    rows = [
+        ("CPU per delivery, against bare ASGI, uvicorn", ratio(paced, ours, bare, cpu), 1.05),
+        (
+            "CPU per delivery, against bare ASGI, daphne",
+            ratio(paced, who.DAPHNE, who.BARE_DAPHNE, cpu),
+            1.05,
+        ),
+        ("CPU per delivery in a flood, against nchan", ratio(flood, ours, who.NCHAN, cpu), 1.0),
+        (
+            "CPU per delivery without ``Handover``, against django-eventstream",
+            ratio(paced, who.INSIDE, who.EVENTSTREAM, cpu),
+            0.35,
+        ),
+        (
+            "memory per idle stream, against bare ASGI",
+            ratio(paced, ours, bare, "rss_per_stream_kib"),
+            1.2,
+        ),
+        (
+            "opening a stream, against a bare async view",
+            median(stream, "open_cpu_us") / median(view, "open_cpu_us"),
+            1.3,
+        ),
+        (
+            "latency p99, against bare ASGI",
+            ratio(paced, ours, bare, "latency_ms", "p99"),
+            1.2,
+        ),
+        (
+            "CPU per delivery, 3,000 listeners against 100",
+            median(grown[3000], cpu) / median(grown[100], cpu),
+            1.2,
+        ),
+    ]
+    return table(
+        ("Ratio", "Measured", "Goal"),
+        [(what, number(value, 2), f"{most:.2f}") for what, value, most in rows],
+        "60 20 20",
+    )
+
+
+def figures(found: dict[str, Any], rounds: int) -> str:
+    """Give all tables and the places of the plots."""
+    cpu = "cpu_us_per_delivery"
+    parts = [
+        f"Measured with Python {platform.python_version()} and Django {django.__version__} on "
+        f"{platform.system()}, {rounds} rounds.\n",
+        goals(found),
+        _title(f"{PACED['listeners']:,} listeners of one token, {PACED['rate']} events a second"),
+        table(
+            (
+                *("Server", "CPU per delivery, µs", "memory per stream, KiB"),
+                *("threads", "latency p50, ms", "p99, ms"),
+            ),
+            [
+                (
+                    name,
+                    number(median(results, cpu)),
+                    number(median(results, "rss_per_stream_kib")),
+                    number(median(results, "threads_after"), 0),
+                    number(median(results, "latency_ms", "p50")),
+                    number(median(results, "latency_ms", "p99")),
+                )
+                for name, results in found["paced"].items()
+            ],
+            "35 13 13 13 13 13",
+        ),
+        _image("paced"),
+        _title(f"A flood: {FLOOD['listeners']} listeners, {FLOOD['publishers']} publishers"),
+        table(
+            ("Server", "CPU per delivery, µs", "deliveries a second", "latency p50, ms"),
+            [
+                (
+                    name,
+                    number(median(results, cpu)),
+                    number(median(results, "deliveries_per_second"), 0),
+                    number(median(results, "latency_ms", "p50")),
+                )
+                for name, results in found["flood"].items()
+            ],
+            "40 20 20 20",
+        ),
+        _title("Growth"),
+        "At 10,000 deliveries a second, whatever the number of listeners:\n",
+        table(
+            ("Listeners", *(f"{name}: CPU, µs; memory, KiB" for name in found["growth"])),
+            [
+                (
+                    f"{count:,}",
+                    *(
+                        f"{number(median(by_count[count], cpu))}; "
+                        f"{number(median(by_count[count], 'rss_per_stream_kib'))}"
+                        for by_count in found["growth"].values()
+                    ),
+                )
+                for count in measure.GROWTH
+            ],
+            "20 40 40",
+        ),
+        _image("growth"),
+        "1,000 listeners of one token, or of many:\n",
+        table(
+            ("Tokens", "CPU per delivery, µs", "latency p99, ms", "publish p50, ms", "p99, ms"),
+            [
+                (
+                    f"{count:,}",
+                    number(result[cpu]),
+                    number(result["latency_ms"]["p99"]),
+                    number(result["publish_latency_ms"]["p50"]),
+                    number(result["publish_latency_ms"]["p99"]),
+                )
+                for count, result in found["tokens"].items()
+            ],
+            "20 20 20 20 20",
+        ),
+        _title("Histories"),
+        table(
+            (
+                *("History", "``publish_many()``, events/s", "``publish()``, events/s"),
+                *(
+                    "replay, events/s",
+                    "1,000 listeners come back: reads",
+                    "heads of 10,000 tokens, ms",
+                ),
+            ),
+            [
+                (
+                    name,
+                    number(result["many_per_second"], 0),
+                    number(result["single_per_second"], 0),
+                    number(result["replayed_per_second"], 0),
+                    number(result["reads"], 0),
+                    number(result["heads_ms"], 0),
+                )
+                for name, result in found["histories"].items()
+            ],
+            "15 17 17 17 17 17",
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def _title(text: str) -> str:
+    return f"{text}\n{'-' * len(text)}\n"
+
+
+def _image(name: str) -> str:
+    return f".. image:: performance/{name}.png\n   :alt: {name}\n"
+
+
+def draw(found: dict[str, Any]) -> None:
+    """Draw the plots."""
+    cpu = "cpu_us_per_delivery"
+    report.bars(
+        "paced",
+        "CPU per delivery: 1,000 listeners, 20 events a second",
+        {name: median(results, cpu) for name, results in found["paced"].items()},
+        across="microseconds",
+    )
+    report.plot(
+        "growth",
+        "CPU per delivery at 10,000 deliveries a second",
+        {
+            name: {count: median(results, cpu) for count, results in by_count.items()}
+            for name, by_count in found["growth"].items()
+        },
+        across="listeners of one token",
+        up="microseconds",
+    )
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="how often to compare (5)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="measure, and write nothing")
+    options = parser.parse_args()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 65_536), hard), hard))
+    found: dict[str, Any] = {}
+    for name in options.only or SECTIONS:
+        print(name, flush=True)
+        found[name] = SECTIONS[name](options.rounds)
+    if options.only:
+        json.dump(found, sys.stdout, indent=1)
+        return
+    RAW.write_text(json.dumps(found, indent=1))
+    draw(found)
+    report.write(figures(found, options.rounds))
+    print(f"{report.PAGE} is written.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The measurements. Each compares what it measures within one run; figures are medians."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks import contenders, load
+from benchmarks.contenders import Contender, Running
+
+Result = dict[str, Any]
+
+PACED = {"listeners": 1000, "events": 60, "rate": 20}
+FLOOD = {"listeners": 500, "events": 500, "publishers": 8}
+GROWTH = (100, 300, 1000, 3000)
+TOKENS = (1, 10, 100, 1000)
+PER_SECOND = 10_000
+"""Deliveries a second while the number of listeners grows: no server is near its limit."""
+
+
+def streams(contender: Contender, running: Running, **options: Any) -> Result:
+    """Warm a server up, then open streams and publish to them."""
+    common: dict[str, Any] = {
+        "port": running.port,
+        "listen": contender.listen,
+        "publish": contender.publish,
+        "size": 64,
+        "pid": running.pids,
+    }
+    warm = {**options, "listeners": 200, "events": 10, "rate": 50, "tokens": 1}
+    load.run(**common, **warm, idle=0.3)
+    result = load.run(**common, **options, idle=1.0, timeout=120)
+    if result["lost"] or result["opened"] != options["listeners"]:
+        raise RuntimeError(f"{contender.name} did not deliver everything: {result}")
+    return result
+
+
+def side_by_side(
+    some: Iterable[Contender], rounds: int, options: Mapping[str, Any]
+) -> dict[str, list[Result]]:
+    """Measure contenders in turn, again and again: what the machine does hits all alike."""
+    results: dict[str, list[Result]] = {}
+    for _ in range(rounds):
+        for contender in some:
+            with contenders.run(contender) as running:
+                result = streams(contender, running, **options)
+            results.setdefault(contender.name, []).append(result)
+            print(f"  {contender.name}: {result['cpu_us_per_delivery']:.1f} us", flush=True)
+    return results
+
+
+def median(results: Sequence[Result], *names: str) -> float:
+    """Give the median of a figure, perhaps one that is nested."""
+    return statistics.median(_figure(result, names) for result in results)
+
+
+def ratio(
+    results: Mapping[str, Sequence[Result]], one: Contender, other: Contender, *names: str
+) -> float | None:
+    """Give the median of the ratios of each round; ``None`` where one was not measured."""
+    if one.name not in results or other.name not in results:
+        return None
+    pairs = zip(results[one.name], results[other.name], strict=True)
+    return statistics.median(_figure(a, names) / _figure(b, names) for a, b in pairs)
+
+
+def _figure(result: Result, names: Sequence[str]) -> float:
+    value: Any = result
+    for name in names:
+        value = value[name]
+    return float(value)
+
+
+def growth(some: Sequence[Contender], rounds: int) -> dict[str, dict[int, list[Result]]]:
+    """Measure with more and more listeners, at the same number of deliveries a second."""
+    found: dict[str, dict[int, list[Result]]] = {}
+    for listeners in GROWTH:
+        rate = PER_SECOND / listeners
+        options = {"listeners": listeners, "events": max(int(rate * 4), 12), "rate": rate}
+        print(f" {listeners} listeners", flush=True)
+        for name, results in side_by_side(some, rounds, options).items():
+            found.setdefault(name, {})[listeners] = results
+    return found
+
+
+def tokens(contender: Contender) -> dict[int, Result]:
+    """Measure a thousand listeners of one token, or of many."""
+    found = {}
+    for count in TOKENS:
+        rate = PER_SECOND / 1000 * count
+        options = {"listeners": 1000, "tokens": count, "events": int(rate * 4), "rate": rate}
+        if rate > 200:
+            options |= {"rate": 200, "events": 1000}
+        with contenders.run(contender) as running:
+            found[count] = streams(contender, running, **options)
+        print(f"  {count} tokens: {found[count]['cpu_us_per_delivery']:.1f} us", flush=True)
+    return found
+
+
+def opening(rounds: int) -> dict[str, list[Result]]:
+    """Open streams, and ask a bare async view as often, with Django's default middleware."""
+    ours = Contender(
+        name="a stream",
+        application=contenders.HANDED_OVER.application,
+        listen="/events/poll/t",
+        publish="",
+    )
+    bare = Contender(
+        name="a bare async view", application=ours.application, listen="/bare", publish=""
+    )
+    found: dict[str, list[Result]] = {}
+    for _ in range(rounds):
+        for contender in (ours, bare):
+            with contenders.run(contender) as running:
+                common = {"port": running.port, "listen": contender.listen, "pid": running.pids}
+                load.run(**common, listeners=200, idle=0.2)
+                result = load.run(**common, listeners=600, idle=0.2)
+            found.setdefault(contender.name, []).append(result)
+            print(f"  {contender.name}: {result['open_cpu_us']:.0f} us", flush=True)
+    return found
