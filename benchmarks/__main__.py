@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -265,6 +266,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often to compare (5)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="measure, and write nothing")
     options = parser.parse_args()
+    # So that the servers are ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 65_536), hard), hard))
     found: dict[str, Any] = {}

@@ -22,8 +22,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], widths: str) 
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """Give a figure as text; a dash for one that there is not."""
-    return "-" if value is None else f"{value:,.{digits}f}"
+    """Give a figure as text; ``n/a`` for one that there is not."""
+    return "n/a" if value is None else f"{value:,.{digits}f}"
 
 
 def write(figures: str) -> None:

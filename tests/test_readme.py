@@ -44,7 +44,8 @@ from django_eventsource.streams import Reason
 from django_eventsource.tokens import CONTROL_TOKEN
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.rst", "CHANGELOG.rst", "docs/architecture.rst", "docs/guarantees.rst"]
+PAGES = ["README.rst", "CHANGELOG.rst"]
+PAGES += ["docs/architecture.rst", "docs/guarantees.rst", "docs/performance.rst"]
 COMMANDS = ["send_event", "listen_events", "create_grant", "prune_events"]
 CLASSIC = {
     "eventsource-server": "HPdjkiKC",
