@@ -337,10 +337,19 @@ async def let_go() -> None:
     the request: as long as the stream. Both are made anew where they are needed again.
     """
     context = SyncToAsync.thread_sensitive_context.get(None)
-    executors = getattr(SyncToAsync, "context_to_thread_executor", None)
-    if context is None or executors is None:
+    if context is None or getattr(SyncToAsync, "context_to_thread_executor", None) is None:
         return
     await sync_to_async(_close_connections)()
+    leave_thread()
+
+
+def leave_thread() -> None:
+    """Let go of the thread for synchronous work of this context, also if it is stuck.
+
+    The end of the context would wait for it.
+    """
+    context = SyncToAsync.thread_sensitive_context.get(None)
+    executors: Any = getattr(SyncToAsync, "context_to_thread_executor", {})
     executor = executors.pop(context, None)
     if executor is not None:
         executor.shutdown(wait=False)

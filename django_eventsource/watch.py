@@ -23,11 +23,11 @@ from .events import RESET
 from .frames import Decoder
 from .history import get_history
 from .hub import Hub, get_hub
-from .listeners import Limit, Listener, Recheck, registry
+from .listeners import Limit, Listener, registry
 from .presence import is_listened
 from .shutdown import install
 from .signals import stream_closed
-from .streams import COME_BACK_MS, EventStream, Reason, jittered_ms
+from .streams import COME_BACK_MS, EventStream, Reason, jittered_ms, leave_thread
 from .tokens import CONTROL_TOKEN
 
 logger = logging.getLogger("django_eventsource.watch")
@@ -36,6 +36,8 @@ SWEEP_SECONDS = 1.0
 LEASE_BEATS = 3
 """After how many missed beats a process's listeners are no longer counted."""
 RECHECKS_AT_ONCE = 10
+RECHECKS_EACH = 20
+"""How many are rechecked in one thread, with one connection, if there are as many."""
 UNSERVED_SECONDS = 30.0
 """How long a stream may wait to be served: its response may have been dropped."""
 RECHECK_SECONDS = 30.0
@@ -120,8 +122,10 @@ class Watch:
             self.hub.start(self._recheck_all(due))
 
     async def _recheck_all(self, due: list[tuple[EventStream, Listener]]) -> None:
-        failures = await asyncio.gather(*(self._recheck(*one) for one in due))
-        failed = [error for error in failures if error is not None]
+        queue = deque(due)
+        workers = min(RECHECKS_AT_ONCE, -(-len(due) // RECHECKS_EACH))
+        found = await asyncio.gather(*(self._recheck_some(queue) for _ in range(workers)))
+        failed = [error for errors in found for error in errors]
         if failed:
             logger.error(
                 "The rights of %d listeners could not be checked; trying again.",
@@ -129,12 +133,33 @@ class Watch:
                 exc_info=failed[0],
             )
 
+    async def _recheck_some(self, queue: deque[tuple[EventStream, Listener]]) -> list[Exception]:
+        """Recheck one after the other, in a thread that the histories' reads do not wait for.
+
+        Gives what kept policies from answering.
+        """
+        errors = []
+        async with self._at_once:
+            while queue:
+                async with ThreadSensitiveContext():
+                    error: Exception | None = None
+                    while queue and not isinstance(error, TimeoutError):
+                        error = await self._recheck(*queue.popleft())
+                        if error is not None:
+                            errors.append(error)
+                    if isinstance(error, TimeoutError):
+                        leave_thread()  # it may be stuck
+                    else:
+                        # No request's end lets go of them.
+                        await sync_to_async(connections.close_all)()
+        return errors
+
     async def _recheck(self, stream: EventStream, listener: Listener) -> Exception | None:
         """Ask the policy again; give what kept it from answering."""
         seconds = conf.recheck_seconds or float("inf")
         try:
-            async with self._at_once, asyncio.timeout(RECHECK_SECONDS):
-                allowed = listener.recheck is None or await in_own_thread(listener.recheck)
+            async with asyncio.timeout(RECHECK_SECONDS):
+                allowed = listener.recheck is None or await listener.recheck()
         except passing() as error:
             listener.recheck_at = time.monotonic() + min(seconds, RETRY_SECONDS)
             return error
@@ -255,16 +280,6 @@ class Watch:
 def passing() -> tuple[type[Exception], ...]:
     """Give what keeps a policy from answering and goes away again."""
     return DatabaseError, OSError, *get_history().failures
-
-
-async def in_own_thread(work: Recheck) -> bool:
-    """Do what may block in a thread that the histories' reads do not wait for."""
-    async with ThreadSensitiveContext():
-        try:
-            return await work()
-        finally:
-            # No request's end lets go of them.
-            await sync_to_async(connections.close_all)()
 
 
 _watches: dict[Hub, Watch] = {}

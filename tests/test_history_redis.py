@@ -28,6 +28,7 @@ from django_eventsource.history.redis_scripts import APPEND, FORGET
 from django_eventsource.hub import get_hub
 from django_eventsource.publishing import apublish
 from django_eventsource.streams import EventStream
+from django_eventsource.tokens import CONTROL_TOKEN
 from tests.histories import add, age, age_server, draft, texts
 from tests.processes import start_python
 from tests.valkey import ValkeyServer, valkey
@@ -406,6 +407,17 @@ def test_reads_do_not_wait_for_a_server_that_is_away(
     appended.join(30)
     assert host._failure is None
     assert not history.heads(["t"])["t"].seq <= entry.seq, "it has lost what it held in memory"
+
+
+def test_a_logout_does_not_wait_for_a_server_that_is_away(own_server: ValkeyServer) -> None:
+    """What ends streams gives up where events are tried on with."""
+    history = of(own_server, TIMEOUT=60)
+    add(history, "a")
+    own_server.kill()
+    began = time.monotonic()
+    with pytest.raises(redis.ConnectionError):
+        add(history, "close", token=CONTROL_TOKEN)
+    assert time.monotonic() - began < 20
 
 
 def test_only_one_tries_again(own_server: ValkeyServer) -> None:

@@ -36,7 +36,7 @@ from typing import Any
 from django.core.exceptions import ImproperlyConfigured
 
 from ..conf import number_error
-from ..tokens import token_key
+from ..tokens import CONTROL_TOKEN, token_key
 from ..troubles import Troubles
 from .base import Draft, Entry, Head, History, Kind, Slice, T
 from .redis_entries import entry_of, follows, identities_of, milliseconds, seq_of, unpack
@@ -119,7 +119,8 @@ class RedisHistory(History):
                 first = host.run_once(APPEND, keys, [floor, since, ref, *bounds, *events])
             return int(first)
 
-        first = host.again(attempt, patient=True)
+        # Who logs out must get out: a word to end streams is not worth the whole time.
+        first = host.again(attempt, patient=token != CONTROL_TOKEN)
         return [Entry(seq=first + n, draft=draft) for n, draft in enumerate(drafts)]
 
     # Reading
