@@ -285,11 +285,8 @@ def _in_transaction(using: str) -> bool:
 
 
 def _on_commit(work: Callable[[], object], using: str) -> None:
-    def run() -> None:
-        try:
-            work()
-        except asyncio.CancelledError:
-            logger.warning("An event was not sent: its publisher was cancelled.")
+    def run() -> None:  # Django wants a function with a name
+        work()
 
     # Robust: a failure after the commit must neither reach the caller, whose data is
     # safe, nor keep other hooks from running.

@@ -144,7 +144,7 @@ class Watch:
                 async with ThreadSensitiveContext():
                     error: Exception | None = None
                     while queue and not isinstance(error, TimeoutError):
-                        error = await self._recheck(*queue.popleft())
+                        error = await asyncio.ensure_future(self._recheck(*queue.popleft()))
                         if error is not None:
                             errors.append(error)
                     if isinstance(error, TimeoutError):

@@ -364,6 +364,8 @@ class TestMake:
             "demo-cluster",
             "test",
             "test-faults",
+            "bench",
+            "bench-short",
             "lint",
             "types",
             "clean",
