@@ -76,7 +76,8 @@ def bars(name: str, title: str, values: Mapping[str, float], *, across: str) -> 
     ours = [COLOURS[0] if "eventsource" in label else "#aab4bb" for label in labels]
     drawn = axes.barh(labels, [values[label] for label in labels], color=ours)
     axes.bar_label(drawn, fmt="%.1f", padding=3)
-    axes.set(xlabel=across, title=title)
+    axes.set(xlabel=across)
+    figure.suptitle(title)
     axes.margins(x=0.12)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
