@@ -135,7 +135,7 @@ def figures(found: dict[str, Any], rounds: int) -> str:
     cpu = "cpu_us_per_delivery"
     parts = [
         f"Measured with Python {platform.python_version()} and Django {django.__version__} on "
-        f"{platform.system()}, {rounds} rounds.\n",
+        f"{platform.system()}, {rounds} round{'' if rounds == 1 else 's'}.\n",
         goals(found),
         _title(f"{PACED['listeners']:,} listeners of one token, {PACED['rate']} events a second"),
         table(

@@ -9,10 +9,14 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
-import fcntl
-import termios
 from collections.abc import Iterator
 from typing import Any
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # pragma: no cover (Windows tells nothing of what is on its way)
+    fcntl = termios = None  # type: ignore[assignment]
 
 STEP_SECONDS = 0.02
 MOST_FUNCTIONS = 20
@@ -143,8 +147,20 @@ def unsent(transport: Any) -> int | None:
             connection = handle()
         else:
             return None
-        queued = array.array("i", [0])
-        fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, queued)
-    except (OSError, AttributeError, ValueError):
+        return int(held) + _queued(connection.fileno())
+    except (AttributeError, ValueError):
         return None
-    return int(held) + queued[0]
+
+
+def _queued(descriptor: int) -> int:
+    """Give what the operating system holds of a connection; 0 where it does not tell.
+
+    :raises ValueError: when the connection has gone.
+    """
+    if descriptor < 0:
+        raise ValueError("The connection has gone.")
+    queued = array.array("i", [0])
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(descriptor, termios.TIOCOUTQ, queued)
+    return queued[0]

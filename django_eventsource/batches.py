@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+Frame = tuple[int | None, bytes, bool]
+"""Its sequence number, if it is durable; its bytes; and does it end the token's streams?"""
 
 
 class Batch:
@@ -33,6 +36,34 @@ class Batch:
         if not self.seqs or not at:
             return self
         return Batch(self.frames[at:], self.seqs[at:], finish=self.finish)
+
+
+def gather(
+    frames: Iterable[Frame], *, max_bytes: float = float("inf"), consecutive: bool = False
+) -> Iterator[Batch]:
+    """Put frames of one token into batches; a close ends a batch.
+
+    :param frames: all durable, or none.
+    :param max_bytes: of each batch, unless a single frame is larger.
+    :param consecutive: are the sequence numbers of each batch to be?
+    """
+    held: list[bytes] = []
+    seqs: list[int] = []
+    size = 0
+    for seq, frame, finish in frames:
+        jumps = consecutive and seqs and seq != seqs[-1] + 1
+        if held and (jumps or size + len(frame) > max_bytes):
+            yield Batch(held, seqs or None)
+            held, seqs, size = [], [], 0
+        held.append(frame)
+        size += len(frame)
+        if seq is not None:
+            seqs.append(seq)
+        if finish:
+            yield Batch(held, seqs or None, finish=True)
+            held, seqs, size = [], [], 0
+    if held:
+        yield Batch(held, seqs or None)
 
 
 def merge(batches: Sequence[Batch]) -> list[Batch]:

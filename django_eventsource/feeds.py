@@ -207,7 +207,7 @@ class Feed:
     def _emit(self, batch: Batch) -> None:
         """Pass on, or hold where that would be too often."""
         pace = self._pace
-        if pace is None or not (self._held or not pace.is_free(self)):
+        if pace is None or (not self._held and pace.is_free(self)):
             self._deliver(batch)
             return
         self._held.append(batch)

@@ -16,7 +16,7 @@ from django.db import transaction
 from django.utils.asyncio import async_unsafe
 
 from .background import background
-from .batches import Batch
+from .batches import Batch, gather
 from .conf import check_event_class, conf
 from .events import Event, is_durable
 from .exceptions import DeliveryFailed, UnknownAction
@@ -187,50 +187,14 @@ def _append(events: Sequence[Event], append: Callable[[], Sequence[Entry | None]
         if entry is not None:
             event._seq = entry.seq
     try:
-        _send(events[0].token, list(_durable_batches(entries)))
+        # What was trimmed already has no entry.
+        frames = (entry.numbered for entry in entries if entry is not None)
+        _send(events[0].token, gather(frames, max_bytes=MESSAGE_BYTES, consecutive=True))
     except (Exception, asyncio.CancelledError):
         # Not lost: every hub finds it in the history at its next head check. And not
         # the caller's: its transaction has committed, though it may be cancelled.
         logger.warning("The channel layer failed; listeners wait longer.", exc_info=True)
     _tell(events)
-
-
-def _durable_batches(entries: Iterable[Entry | None]) -> Iterator[Batch]:
-    """Encode entries, in batches of consecutive ones up to a size. A close ends a batch."""
-    frames: list[bytes] = []
-    first = size = 0
-    for entry in entries:
-        if entry is None:
-            continue  # trimmed already
-        if frames and (entry.seq != first + len(frames) or size > MESSAGE_BYTES):
-            yield Batch(frames, range(first, first + len(frames)))
-            frames = []
-        if not frames:
-            first, size = entry.seq, 0
-        frames.append(entry.frame())
-        size += len(frames[-1])
-        if entry.finishes:
-            yield Batch(frames, range(first, first + len(frames)), finish=True)
-            frames = []
-    if frames:
-        yield Batch(frames, range(first, first + len(frames)))
-
-
-def _live_batches(drafts: Iterable[Draft]) -> Iterator[Batch]:
-    """Encode live-only events, in batches up to a size. A close ends a batch."""
-    frames: list[bytes] = []
-    size = 0
-    for draft in drafts:
-        if size > MESSAGE_BYTES:
-            yield Batch(frames)
-            frames, size = [], 0
-        frames.append(draft.frame())
-        size += len(frames[-1])
-        if draft.kind == Kind.FINISH:
-            yield Batch(frames, finish=True)
-            frames, size = [], 0
-    if frames:
-        yield Batch(frames)
 
 
 def _send_and_tell(events: Sequence[Event], send: Callable[[], None]) -> None:
@@ -250,7 +214,8 @@ def _tell(events: Sequence[Event]) -> None:
 def _publish_live(events: Sequence[Event], drafts: Sequence[Draft]) -> None:
     using = get_history().using
     token = events[0].token
-    send = partial(_send, token, list(_live_batches(drafts)))
+    frames = ((None, draft.frame(), draft.kind == Kind.FINISH) for draft in drafts)
+    send = partial(_send, token, list(gather(frames, max_bytes=MESSAGE_BYTES)))
     if _in_transaction(using):
         _on_commit(partial(_send_and_tell, events, send), using)
         return

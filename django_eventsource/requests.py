@@ -33,8 +33,8 @@ DERIVED = frozenset(
     | {"csrf_processing_done", "csrf_cookie_needs_update"}
 )
 """What a request has that is made again from the rest, or is of no use to a policy."""
-ACCEPT_ENCODING = frozenset({"HTTP_ACCEPT_ENCODING", "CSRF_COOKIE"})
-"""What the view itself changes, and a secret that nobody needs twice."""
+LEFT_OUT = frozenset({"HTTP_ACCEPT_ENCODING", "CSRF_COOKIE"})
+"""Of ``META``: what the view itself changes, and a secret that nobody needs twice."""
 
 
 def keep_body(request: HttpRequest, limit: int) -> bool:
@@ -114,13 +114,13 @@ class Snapshot:
         self._scope: Mapping[str, Any] = request.scope if slot is None else slot.scope
         self._kind = type(request)
         session = getattr(request, "session", None)
-        self._session = session and (type(session), session.session_key)
+        self._session = None if session is None else (type(session), session.session_key)
         # A user that other middleware has set is not the session's.
         self._user = getattr(getattr(request, "auser", None), "func", None) is middleware_auser
         known = vars(self._kind(self._scope, BytesIO()))
         left_out = DERIVED | USERS if self._user else DERIVED
         self._attributes = _changed(known, vars(request), left_out) or None
-        self._meta = _changed(known["META"], request.META, ACCEPT_ENCODING) or None
+        self._meta = _changed(known["META"], request.META, LEFT_OUT) or None
 
     def restore(self, opened: float) -> HttpRequest:
         """Make the request again.

@@ -150,8 +150,12 @@ class Watch:
                     if isinstance(error, TimeoutError):
                         leave_thread()  # it may be stuck
                     else:
-                        # No request's end lets go of them.
-                        await sync_to_async(connections.close_all)()
+                        # No request's end lets go of them. Those that wait their turn must
+                        # get it, whatever a broken connection says.
+                        try:
+                            await sync_to_async(connections.close_all)()
+                        except Exception:
+                            logger.exception("A connection could not be closed.")
         return errors
 
     async def _recheck(self, stream: EventStream, listener: Listener) -> Exception | None:
@@ -161,16 +165,21 @@ class Watch:
             async with asyncio.timeout(RECHECK_SECONDS):
                 allowed = listener.recheck is None or await listener.recheck()
         except passing() as error:
-            listener.recheck_at = time.monotonic() + min(seconds, RETRY_SECONDS)
+            self._recheck_in(listener, min(seconds, RETRY_SECONDS))
             return error
         except Exception:
             # What it says of a new listener is the same: an error, and no stream.
             logger.exception("The policy failed; the stream of %r is ended.", listener.tokens)
             allowed = False
-        listener.recheck_at = time.monotonic() + seconds
+        self._recheck_in(listener, seconds)
         if not allowed:
             stream.end(Reason.REFUSED)
         return None
+
+    @staticmethod
+    def _recheck_in(listener: Listener, seconds: float) -> None:
+        """Set when a listener is due again, unless somebody wanted that sooner meanwhile."""
+        listener.recheck_at = min(listener.recheck_at, time.monotonic() + seconds)
 
     # Presence
 

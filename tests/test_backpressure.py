@@ -18,6 +18,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
+from django_eventsource import backpressure
 from django_eventsource.backpressure import (
     Producer,
     cut,
@@ -244,6 +245,25 @@ def test_what_is_unsent_on_daphne() -> None:
     near.close()
     far.close()
     assert unsent(Twisted()) is None
+
+
+def test_an_operating_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then what the transport holds is what is known."""
+    monkeypatch.setattr(backpressure, "fcntl", None)
+    near, far = socket.socketpair()
+
+    class Held:
+        def get_write_buffer_size(self) -> int:
+            return 7
+
+        def get_extra_info(self, name: str) -> socket.socket:
+            return near
+
+    near.send(b"x" * 1000)
+    assert unsent(Held()) == 7
+    near.close()
+    far.close()
+    assert unsent(Held()) is None
 
 
 @pytest.mark.parametrize("transport", [None, object(), Transport()])

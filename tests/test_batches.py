@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from django_eventsource.batches import Batch, merge
+from django_eventsource.batches import Batch, gather, merge
 
 
 def durable(*seqs: int, finish: bool = False) -> Batch:
@@ -44,6 +44,34 @@ def test_live_only_events_follow_every_place() -> None:
     """They have none."""
     batch = live(b"a")
     assert batch.after(5) is batch
+
+
+def test_gathering() -> None:
+    """A close ends a batch; live-only events have no numbers."""
+    frames = [(5, b"a", False), (6, b"b", True), (9, b"c", False), (10, b"d", False)]
+    batches = list(gather(frames))
+    assert [batch.data for batch in batches] == [b"ab", b"cd"]
+    assert [batch.seqs for batch in batches] == [[5, 6], [9, 10]]
+    assert [batch.finish for batch in batches] == [True, False]
+    live_only = list(gather((None, frame, finish) for _, frame, finish in frames[:3]))
+    assert [(batch.data, batch.seqs) for batch in live_only] == [(b"ab", None), (b"c", None)]
+    assert list(gather([])) == []
+
+
+def test_gathering_what_a_message_may_say_by_its_first_number() -> None:
+    """A number that does not follow begins a batch, if that is asked for."""
+    frames = [(seq, b".", False) for seq in (5, 6, 8, 9)]
+    assert [batch.seqs for batch in gather(frames)] == [[5, 6, 8, 9]]
+    cut = gather(frames, consecutive=True)
+    assert [batch.seqs for batch in cut] == [[5, 6], [8, 9]]
+
+
+def test_gathering_up_to_a_size() -> None:
+    """No batch is over it, unless one frame alone is."""
+    sizes = [4, 6, 1, 11, 3]
+    frames = [(n, b"x" * size, False) for n, size in enumerate(sizes)]
+    batches = list(gather(frames, max_bytes=10))
+    assert [[*map(len, batch.frames)] for batch in batches] == [[4, 6], [1], [11], [3]]
 
 
 def test_merging() -> None:

@@ -242,6 +242,42 @@ def test_a_cluster_that_is_away() -> None:
         assert "secret" not in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"address": "http://127.0.0.1:1"}, "URL must specify"),
+        ({"host": "127.0.0.1", "port": "redis"}, "invalid literal"),
+    ],
+)
+def test_a_cluster_that_is_named_wrongly(form: dict[str, Any], said: str) -> None:
+    """It is no server that is away: whoever wrote the settings is told at the first use."""
+    history = RedisHistory(HOSTS=[{**form, "password": "secret", "cluster": True}], TIMEOUT=0.2)
+    with pytest.raises(ImproperlyConfigured, match=said) as caught:
+        history.heads(["t"])
+    assert "HOSTS" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_cluster_that_changes(valkey_server: ValkeyServer) -> None:
+    """What its client raises while slots move is no RedisError: it is tried again as one."""
+    history = of(valkey_server)
+    (host,) = history._hosts.all
+    failures = [redis.exceptions.RedisClusterException("slots are not covered")] * 2
+    pipe = host._pipe
+
+    def moving(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return pipe(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "_pipe", moving)
+        history.heads(["t"])
+        failures += [redis.exceptions.RedisClusterException("slots are not covered")] * 99
+        with pytest.raises(redis.ConnectionError, match="not covered"):
+            history.heads(["t"])
+
+
 # Appends that are tried again
 
 
@@ -407,6 +443,20 @@ def test_reads_do_not_wait_for_a_server_that_is_away(
     appended.join(30)
     assert host._failure is None
     assert not history.heads(["t"])["t"].seq <= entry.seq, "it has lost what it held in memory"
+
+
+def test_a_server_that_answers_is_not_away(own_server: ValkeyServer) -> None:
+    """Whatever it says: what it is asked next is not refused unasked."""
+    history = of(own_server, TIMEOUT=1.5)
+    own_server.kill()
+    with pytest.raises(redis.ConnectionError):
+        history.heads(["t"])
+    own_server.start()
+    own_server.run("CONFIG", "SET", "maxmemory", 1)
+    with pytest.raises(redis.RedisError, match="maxmemory"):
+        add(history, "a")
+    own_server.run("CONFIG", "SET", "maxmemory", 0)
+    history.heads(["t"])
 
 
 def test_a_logout_does_not_wait_for_a_server_that_is_away(own_server: ValkeyServer) -> None:

@@ -224,6 +224,15 @@ def test_a_request_without_users() -> None:
     assert restored.session.session_key == "a-session-key"
 
 
+def test_a_session_that_is_empty() -> None:
+    """It is one all the same, though newer Djangos hold it for false."""
+    request: Any = AsyncRequestFactory().get("/")
+    request.session = SessionStore()
+    restored: Any = Snapshot(request).restore(5.0)
+    assert type(restored.session) is SessionStore
+    assert restored.session.session_key is None
+
+
 @pytest.mark.django_db
 def test_a_user_whom_other_middleware_brought() -> None:
     """Who came with a header, and not with the session, is not forgotten."""

@@ -341,6 +341,21 @@ def test_lines_interrupted(published: Published, monkeypatch: pytest.MonkeyPatch
     assert str(Run("42", "ping", "--lines").error) == "Interrupted: 1 event published."
 
 
+def test_lines_interrupted_under_way(
+    published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the batch that was being published nobody knows, and it says so."""
+
+    def interrupted(pairs: Sequence[Prepared]) -> Iterator[list[Event]]:
+        yield from published.publish(pairs[:2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(send_event, "publish_in_batches", interrupted)
+    error = Run("42", "ping", "a\nb\nc\nd\ne\n", "--lines").error
+    assert str(error) == "Interrupted: 2 events published, and perhaps some of 3 more."
+    assert published.values == ["a", "b"]
+
+
 def test_nobody_reads_the_ids(published: Published) -> None:
     """A closed output ends the lines and says how far they came."""
     reading, writing = os.pipe()

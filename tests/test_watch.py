@@ -297,6 +297,48 @@ async def test_a_policy_that_hangs(settings, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @in_memory
+async def test_a_look_that_is_wanted_during_one(settings) -> None:
+    """What the one under way has seen may be older than the reason for the next."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 600
+    stream = await open_stream()
+    await heard()
+    answers = [asyncio.Event(), asyncio.Event()]
+
+    async def answer() -> bool:
+        mine = Moody.asked.count("t") - 2  # the first was when the stream was opened
+        await answers[mine].wait()
+        return mine == 0
+
+    Moody.answers["t"] = answer
+    get_watch()._recheck_everybody()
+    await until(lambda: Moody.asked.count("t") == 2)
+    get_watch()._recheck_everybody()
+    for one in answers:
+        one.set()
+    await read_to_end(stream)
+    assert stream.reason is Reason.REFUSED
+
+
+@in_memory
+async def test_a_connection_that_cannot_be_closed(
+    settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who waits for a turn gets it."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
+    monkeypatch.setattr(module, "RECHECKS_AT_ONCE", 1)
+    streams = [await open_stream(f"t{n}") for n in range(3)]
+
+    def fail() -> None:
+        raise OperationalError("broken")
+
+    monkeypatch.setattr(connections, "close_all", fail)
+    await until(lambda: min(Moody.asked.count(f"t{n}") for n in range(3)) >= 3)
+    assert "A connection could not be closed." in caplog.text
+    for stream in streams:
+        await stream.aclose()
+
+
+@in_memory
 async def test_policies_that_work_in_threads_hold_up_no_delivery(settings) -> None:
     """What they block is not the thread in which histories are read."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05

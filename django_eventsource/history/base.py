@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -20,7 +20,7 @@ from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, DatabaseError
 
-from ..batches import Batch
+from ..batches import Batch, Frame, gather
 from ..conf import number_error
 from ..events import Event, check_id, encode_text, retry_ms, split_lines
 from ..frames import encode_event, encode_retry
@@ -107,6 +107,11 @@ class Entry:
         """Encode for the wire."""
         return self.draft.frame(self.seq)
 
+    @property
+    def numbered(self) -> Frame:
+        """What batches are made of."""
+        return self.seq, self.frame(), self.finishes
+
 
 def cursor_at(seq: int, *, closed: bool) -> str:
     """Give the cursor of a listener that starts at a place.
@@ -144,7 +149,7 @@ class Slice:
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
         """The entries, encoded once for all who share the slice; a close ends a batch."""
-        return tuple(batches(self.entries))
+        return tuple(gather(entry.numbered for entry in self.entries))
 
     def after(self, place: int) -> Slice:
         """Give what follows one of its entries, which is not the last."""
@@ -155,20 +160,6 @@ class Slice:
             batch.after(place) for batch in self.batches if (batch.last or 0) > place
         )
         return rest
-
-
-def batches(entries: Iterable[Entry]) -> Iterator[Batch]:
-    """Encode entries. A close ends a batch."""
-    frames: list[bytes] = []
-    seqs: list[int] = []
-    for entry in entries:
-        frames.append(entry.frame())
-        seqs.append(entry.seq)
-        if entry.finishes:
-            yield Batch(frames, seqs, finish=True)
-            frames, seqs = [], []
-    if frames:
-        yield Batch(frames, seqs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,7 +344,8 @@ class History(ABC):
         self, token: str, after: int, *, max_events: int = 500, max_bytes: int = 262_144
     ) -> Slice:
         """Await :meth:`read`."""
-        return await self.call(self.read, token, after, max_events=max_events, max_bytes=max_bytes)
+        limits = {"max_events": max_events, "max_bytes": max_bytes}
+        return await self.call_for(token, self.read, token, after, **limits)
 
     async def aheads(self, tokens: Iterable[str]) -> dict[str, Head]:
         """Await :meth:`heads`."""
@@ -361,7 +353,7 @@ class History(ABC):
 
     async def alocate(self, token: str, cursor: str | None) -> Position:
         """Await :meth:`locate`."""
-        return await self.call(self.locate, token, cursor)
+        return await self.call_for(token, self.locate, token, cursor)
 
     async def aannounce(
         self, process: str, changes: Mapping[str, Sequence[str]], seconds: float
@@ -371,7 +363,7 @@ class History(ABC):
 
     async def apresent(self, token: str, *, elsewhere: str | None = None) -> list[str]:
         """Await :meth:`present`."""
-        return await self.call(self.present, token, elsewhere=elsewhere)
+        return await self.call_for(token, self.present, token, elsewhere=elsewhere)
 
     async def awithdraw(self, process: str) -> None:
         """Await :meth:`withdraw`."""
@@ -388,3 +380,7 @@ class History(ABC):
     async def call(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a blocking method off the event loop."""
         return await sync_to_async(func)(*args, **kwargs)
+
+    async def call_for(self, token: str, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a blocking method that needs only where one token is kept."""
+        return await self.call(func, *args, **kwargs)

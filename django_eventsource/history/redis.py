@@ -68,8 +68,6 @@ class RedisHistory(History):
     """
 
     shared = True
-    by_token = ("append", "read", "find", "newest", "oldest", "locate", "present")
-    """The methods that ask one host, that of their first argument."""
 
     def __init__(
         self,
@@ -224,7 +222,6 @@ class RedisHistory(History):
         # What fails on the way leaves no generation to rely on: the next call starts anew.
         known = self._leases.pop(process, {})
         leases: dict[Host, bytes] = {}
-        by_host = {host: self._by_host(changes).get(host, []) for host in self._hosts.all}
 
         def announce(host: Host, names: Sequence[str]) -> bool:
             args = [
@@ -242,7 +239,7 @@ class RedisHistory(History):
             leases[host] = generation
             return bool(kept)
 
-        kept = list(self._each(by_host, announce))
+        kept = list(self._each(self._by_all_hosts(changes), announce))
         announced = self._announced.setdefault(process, set())
         announced.update(token for token, names in changes.items() if names)
         announced.difference_update(token for token, names in changes.items() if not names)
@@ -269,14 +266,14 @@ class RedisHistory(History):
 
     def withdraw(self, process: str) -> None:
         self._leases.pop(process, None)
-        by_host = self._by_host(self._announced.pop(process, ()))
+        tokens = self._announced.pop(process, ())
 
         def withdraw(host: Host, names: Sequence[str]) -> None:
             keys = [key for token in names for key in self._keys(token, "present")]
             ends = [("HDEL", key, process) for key in keys]
             host.pipe([("DEL", self._lease_key(process)), *ends])
 
-        list(self._each({host: by_host.get(host, []) for host in self._hosts.all}, withdraw))
+        list(self._each(self._by_all_hosts(tokens), withdraw))
 
     def _listeners(self, host: Host, tokens: Sequence[str]) -> list[dict[bytes, list[str]]]:
         """Give each token's listeners by process, and remove what dead processes left."""
@@ -327,6 +324,11 @@ class RedisHistory(History):
             by_host[self._host(token)].append(token)
         return by_host
 
+    def _by_all_hosts(self, tokens: Iterable[str]) -> dict[Host, list[str]]:
+        """Give the tokens of each host, also of those that have none of these."""
+        by_host = self._by_host(tokens)
+        return {host: by_host.get(host, []) for host in self._hosts.all}
+
     # Running
 
     def _each(
@@ -363,8 +365,11 @@ class RedisHistory(History):
 
     async def call(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run in threads of the history's own: a server that hangs holds up nothing else."""
-        host = self._host(args[0]) if getattr(func, "__name__", "") in self.by_token else None
-        return await self._run(host, func, *args, **kwargs)
+        return await self._run(None, func, *args, **kwargs)
+
+    async def call_for(self, token: str, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run in threads of the token's host: no other's that hangs holds it up."""
+        return await self._run(self._host(token), func, *args, **kwargs)
 
     async def _run(
         self, host: Host | None, func: Callable[..., T], *args: Any, **kwargs: Any

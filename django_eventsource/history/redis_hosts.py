@@ -60,6 +60,7 @@ class Host:
         self._read_only = errors.ReadOnlyError
         self._refused = (errors.AuthenticationError, errors.AuthorizationError)
         self._errors = errors.RedisError
+        self._cluster_error = errors.RedisClusterException
         self._away = (errors.ConnectionError, errors.TimeoutError)
         self._passing = (
             errors.ConnectionError,
@@ -98,12 +99,13 @@ class Host:
         pause = 0.01
         while True:
             try:
-                result = work(elapsed)
+                result = self._attempt(work, elapsed)
             except self._errors as error:
                 elapsed = time.monotonic() - began
-                if isinstance(error, self._away):
-                    self._failure = error
-                    self._look_again_at = time.monotonic() + LOOK_AGAIN_SECONDS
+                # A server that answers, whatever it says, is not away.
+                away = isinstance(error, self._away) and not isinstance(error, self._refused)
+                self._failure = error if away else None
+                self._look_again_at = time.monotonic() + LOOK_AGAIN_SECONDS
                 if not self._passes(error) or elapsed >= patience:
                     self._explain(error, elapsed)
                     raise
@@ -117,6 +119,13 @@ class Host:
             time.sleep(random.uniform(pause / 2, pause))  # noqa: S311
             pause = min(pause * 2, 1.0)
             elapsed = time.monotonic() - began
+
+    def _attempt(self, work: Callable[[float | None], T], elapsed: float | None) -> T:
+        try:
+            return work(elapsed)
+        except self._cluster_error as error:
+            # It is no RedisError, and it passes.
+            raise self._away[0](str(error)) from error
 
     def _give_up_early(self) -> None:
         """Fail at once where the server was away a moment ago; now and then let one try."""
@@ -210,14 +219,10 @@ def _make_host(redis: Any, host: Any, timeout: float) -> Host:
     kwargs = _keyword_arguments(host)
     if kwargs.pop("cluster", False):
         return _make_cluster(redis, kwargs, timeout)
-    # A call must be able to fail and be tried again before its time is up.
-    defaults = {"socket_timeout": timeout / 3, "socket_connect_timeout": timeout / 3}
     try:
-        client = _make_client(redis, {**defaults, **kwargs})
+        client = _make_client(redis, {**_timeouts(timeout), **kwargs})
     except (TypeError, ValueError, AttributeError) as error:
-        raise ImproperlyConfigured(
-            f"{SETTING} must be {HOST_FORMS}; not {_shown(host)}: {error}."
-        ) from error
+        raise _not_acceptable(host, error) from error
     pool = client.connection_pool
     # redis-py must not try again by itself: an append that timed out may have run. And
     # events are bytes.
@@ -232,10 +237,10 @@ def _make_host(redis: Any, host: Any, timeout: float) -> Host:
 
 def _make_cluster(redis: Any, kwargs: dict[str, Any], timeout: float) -> Host:
     """Make the client of a cluster when it is first needed: making it asks the cluster."""
+    host = dict(kwargs)
     address = kwargs.pop("address", None)
     options: dict[str, Any] = {
-        "socket_timeout": timeout / 3,
-        "socket_connect_timeout": timeout / 3,
+        **_timeouts(timeout),
         **kwargs,
         "decode_responses": False,
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
@@ -246,12 +251,25 @@ def _make_cluster(redis: Any, kwargs: dict[str, Any], timeout: float) -> Host:
             if address is not None:
                 return redis.RedisCluster.from_url(address, **options)
             return redis.RedisCluster(**options)
+        except (TypeError, ValueError) as error:
+            raise _not_acceptable(host, error) from error
         except redis.exceptions.RedisClusterException as error:
-            # It is no RedisError, and it passes.
-            raise redis.exceptions.ConnectionError(str(error)) from error
+            if isinstance(error.__cause__, TypeError | ValueError):
+                raise _not_acceptable(host, error.__cause__) from error
+            raise
 
     name = str(address or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}")
     return Host(redis, re.sub(r"//[^@]*@", "//", name), None, timeout, connect)
+
+
+def _timeouts(timeout: float) -> dict[str, float]:
+    """Let a call fail and be tried again before its time is up."""
+    return {"socket_timeout": timeout / 3, "socket_connect_timeout": timeout / 3}
+
+
+def _not_acceptable(host: Any, why: Exception | None = None) -> ImproperlyConfigured:
+    said = f": {why}" if why else ""
+    return ImproperlyConfigured(f"{SETTING} must be {HOST_FORMS}; not {_shown(host)}{said}.")
 
 
 def _keyword_arguments(host: Any) -> dict[str, Any]:
@@ -262,7 +280,7 @@ def _keyword_arguments(host: Any) -> dict[str, Any]:
             return {"host": name, "port": port}
         case Mapping():
             return dict(host)
-    raise ImproperlyConfigured(f"{SETTING} must be {HOST_FORMS}; not {_shown(host)}.")
+    raise _not_acceptable(host)
 
 
 def _make_client(redis: Any, kwargs: dict[str, Any]) -> Any:
