@@ -4,6 +4,8 @@ PYTHON ?= python3
 PORT ?= 8000
 VENV := .venv
 ARGS ?=
+# Tests wait more than they compute. `make test ARGS="-n 0"` runs them one after the other.
+PARALLEL := -n 3 --dist loadfile
 
 # An interpreter that was asked for is taken or refused; the default has stand-ins.
 ifeq ($(origin PYTHON),file)
@@ -39,7 +41,7 @@ demo-cluster: $(VENV)/installed-demo-cluster
 
 .PHONY: test
 test: $(VENV)/installed-test
-	@exec $(VENV)/bin/python -m pytest --cov --cov-report=term-missing $(ARGS)
+	@exec $(VENV)/bin/python -m pytest $(PARALLEL) --cov --cov-report=term-missing $(ARGS)
 
 .PHONY: test-faults
 test-faults: $(VENV)/installed-test

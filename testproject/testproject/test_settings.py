@@ -11,9 +11,13 @@ from .settings import *  # noqa: F403
 from .settings import DATABASES, INSTALLED_APPS
 
 # Server processes that a test starts find the same databases through these variables.
-TEST_DIR = Path(
-    os.environ.setdefault("EVENTSOURCE_TEST_DIR", tempfile.mkdtemp(prefix="eventsource-"))
-)
+TEST_DIR = Path(os.environ.get("EVENTSOURCE_TEST_DIR") or tempfile.mkdtemp(prefix="eventsource-"))
+# Tests that run beside these have servers of their own.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER and TEST_DIR.name != WORKER:
+    TEST_DIR /= WORKER
+    TEST_DIR.mkdir()
+os.environ["EVENTSOURCE_TEST_DIR"] = str(TEST_DIR)
 # Where the PostgreSQL wheel keeps its lock; it warns when it has to choose itself.
 os.environ.setdefault("XDG_RUNTIME_DIR", str(TEST_DIR))
 TEST_DATABASE = os.environ.get("EVENTSOURCE_TEST_DATABASE", "")
