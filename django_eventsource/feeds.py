@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import count
 
-from .batches import Batch, merge
+from .batches import Batch, gather, merge
 from .history import Slice
 from .pacing import Pace
 from .subscribers import Subscription
@@ -47,6 +48,7 @@ class Feed:
         "joining",
         "last",
         "reading",
+        "resets",
         "rest",
         "subscriptions",
         "token",
@@ -74,6 +76,8 @@ class Feed:
         self.subscriptions: set[Subscription] = set()
         self.reading = asyncio.Lock()
         """Held while the history is read for its streams: what one reads, all get."""
+        self.resets = 0
+        """How often its place was given up: what was read before counts no more."""
         self.unheard = 0
         """Head checks in a row that found what the layer had not brought."""
         self._on_gap = on_gap
@@ -165,7 +169,11 @@ class Feed:
         self._early.clear()
         self._early_size = 0
         self.has_gap = False
+        self.resets += 1
         after, self.last = self.last, position
+        if ahead:
+            for one in self.subscriptions:
+                one.displaced = one.displaced or not one.live
         for one in self._behind(position, ahead=ahead):
             if not ahead and after is not None and one.position > after:
                 one.fall_behind()  # it may miss nothing, and finds out by itself
@@ -233,10 +241,13 @@ class Feed:
         """Pass on what was held and is next; forget what is past."""
         if self._early and self.last is not None:
             self._early = {seq: held for seq, held in self._early.items() if seq > self.last}
-            while self.last + 1 in self._early:
-                seq = self.last + 1
-                frame, finish = self._early.pop(seq)
-                self._pass(Batch([frame], [seq], finish=finish))
+            run = []
+            for seq in count(self.last + 1):
+                if seq not in self._early:
+                    break
+                run.append((seq, *self._early.pop(seq)))
+            for batch in gather(run, max_bytes=MAX_HELD_BYTES):
+                self._pass(batch)
             self._early_size = sum(len(frame) for frame, _ in self._early.values())
         # Not reported again: who asked the history just now would ask in a circle.
         self.has_gap = bool(self._early)

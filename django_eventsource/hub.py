@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import contextvars
 import logging
 import random
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar, cast
 
 from django.core.exceptions import ImproperlyConfigured
@@ -22,6 +21,7 @@ from django.core.exceptions import ImproperlyConfigured
 from .conf import conf
 from .feeds import Feed
 from .history import History, Slice, get_history
+from .inbox import Inbox
 from .layers import MESSAGE_TYPE, is_process_local
 from .membership import PROBE_TYPE, Membership, is_timeout
 from .pacing import Pace
@@ -58,6 +58,7 @@ class Hub:
         self._keepalives: dict[float, set[Subscriber]] = {}
         self._pruning: asyncio.Task[None] | None = None
         self._checked_at = time.monotonic()
+        self._inbox = Inbox(loop, self._take, _nobodys())
         self._membership = Membership(self.start, self._by_group)
         self._pace = Pace(loop, _nobodys())
         self._reads = Reads(self._read)
@@ -117,10 +118,9 @@ class Hub:
 
     # For publishers
 
-    def deliver(self, message: dict[str, Any]) -> None:
-        """Take a message of this process, from any thread, without a layer between."""
-        with contextlib.suppress(RuntimeError):  # the loop was closed just now
-            self.loop.call_soon_threadsafe(self._take, message, context=_nobodys())
+    def deliver(self, messages: Iterable[dict[str, Any]]) -> None:
+        """Take messages of this process, from any thread, without a layer between."""
+        self._inbox.put(messages)
 
     # The receive task
 
@@ -152,7 +152,7 @@ class Hub:
                 continue
             failures = 0
             membership.hear()
-            self._take(message)
+            await self._inbox.pass_on(message)
 
     def _take(self, message: Any) -> None:
         try:
@@ -265,7 +265,7 @@ class Hub:
             while more and feed.subscriptions and feed.last is not None:
                 after = feed.last
                 slice_ = await self.history.aread(
-                    feed.token, after, max_bytes=conf.stream_buffer_bytes
+                    feed.token, after, max_bytes=share_of(conf.stream_buffer_bytes)
                 )
                 more = feed.pass_on(after, slice_)
                 await asyncio.sleep(0)

@@ -20,6 +20,9 @@ REST = 0.5
 by the same loop, get their turn."""
 MANY = 4
 """Events held at once that make the rest longer."""
+ROUNDS = 3
+"""Rounds of the loop until all is written: in the first, tasks hand it to the server, and
+Daphne writes to the sockets in the one after the next."""
 MOST = 10
 """The longest rest, as a multiple of the setting."""
 
@@ -45,6 +48,7 @@ class Pace:
     def __init__(self, loop: asyncio.AbstractEventLoop, context: Context | None = None) -> None:
         self._loop = loop
         self._context = context
+        self._seconds = 0.0
         self._holding: set[Paced] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -54,23 +58,28 @@ class Pace:
 
     def begin(self, one: Paced, events: int) -> None:
         """Take note that events are passed on: the tasks that write them are about to run."""
-        if conf.coalesce_seconds is not None:
+        seconds = conf.coalesce_seconds
+        if seconds is not None:
+            self._seconds = seconds
             one.free_at = float("inf")
             one.rest = one.rest * 2 if events >= MANY else 0.0
-            # After those tasks, which were woken before.
-            self._loop.call_soon(self._end, one, self._loop.time(), context=self._context)
+            self._loop.call_soon(self._wait, one, self._loop.time(), ROUNDS, context=self._context)
 
-    def _end(self, one: Paced, began: float) -> None:
+    def _wait(self, one: Paced, began: float, rounds: int) -> None:
+        """Let the loop go round until all is written."""
+        if rounds > 1:
+            self._loop.call_soon(self._wait, one, began, rounds - 1, context=self._context)
+            return
         now = self._loop.time()
-        seconds = conf.coalesce_seconds or 0.0
-        one.rest = min(max(seconds, (now - began) * REST, one.rest), seconds * MOST)
+        rest = max(self._seconds, (now - began) * REST, one.rest)
+        one.rest = min(rest, self._seconds * MOST)
         one.free_at = now + one.rest
 
     def hold(self, one: Paced) -> None:
         """Pass on what it holds as soon as that may be."""
         self._holding.add(one)
         if self._timer is None:
-            self._start(conf.coalesce_seconds or 0.0)
+            self._start(self._seconds)
 
     def _start(self, seconds: float) -> None:
         self._timer = self._loop.call_later(seconds, self._flush, context=self._context)
@@ -83,5 +92,4 @@ class Pace:
         if self._holding:
             now = self._loop.time()
             soonest = min(one.free_at for one in self._holding) - now
-            seconds = conf.coalesce_seconds or 0.0
-            self._start(min(max(soonest, 0.0), seconds))
+            self._start(min(max(soonest, 0.0), self._seconds))

@@ -282,8 +282,7 @@ def _send(token: str, batches: Iterable[Batch]) -> None:
     layer = get_layer()
     if layer is None or is_process_local():
         for hub in hubs():
-            for message in messages:
-                hub.deliver(message)
+            hub.deliver(messages)
         return
     background.run(layer, _group_send(layer, group, messages))
 

@@ -12,12 +12,13 @@ import time
 from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from .feeds import Feed
 from .history import Entry, Slice
 
 KEPT_BYTES = 8 * 1024 * 1024
-"""What is kept for all tokens of a process together."""
+"""What is kept for all tokens of an event loop together."""
 ENTRY_BYTES = 300
 """What an event costs besides its bytes."""
 KEPT_SECONDS = 5.0
@@ -26,6 +27,15 @@ MAX_EVENTS = 500
 """The most events of one read."""
 
 Read = Callable[[str, int, int], Awaitable[Slice]]
+
+
+class Kept(NamedTuple):
+    """What was read: when, at which reset of the feed, and how much it takes."""
+
+    made: float
+    resets: int
+    size: int
+    slice_: Slice
 
 
 class Reads:
@@ -39,7 +49,7 @@ class Reads:
 
     def __init__(self, read: Read) -> None:
         self._read = read
-        self._kept: OrderedDict[tuple[Feed, int], tuple[float, int, Slice]] = OrderedDict()
+        self._kept: OrderedDict[tuple[Feed, int], Kept] = OrderedDict()
         self._places: dict[Feed, list[int]] = {}
         self._size = 0
 
@@ -56,8 +66,9 @@ class Reads:
                 return Slice(complete=True, last=after)
             found = self._find(feed, after)
             if found is None:
+                resets = feed.resets
                 found = await self._read(feed.token, after, self._missing(feed, after))
-                self._keep(feed, after, found)
+                self._keep(feed, after, found, resets)
             return found
 
     def _find(self, feed: Feed, after: int) -> Slice | None:
@@ -65,15 +76,16 @@ class Reads:
         at = bisect_right(places, after)
         if not at:
             return None
-        made, _, kept = self._kept[feed, places[at - 1]]
-        if time.monotonic() - made > KEPT_SECONDS:
+        kept = self._kept[feed, places[at - 1]]
+        if time.monotonic() - kept.made > KEPT_SECONDS or kept.resets != feed.resets:
             return None
+        slice_ = kept.slice_
         if places[at - 1] == after:
-            return kept
+            return slice_
         # Only after an event that is in it: any other place may be one that never was.
-        at = bisect_right(kept.entries, after, key=_seq)
-        if 0 < at < len(kept.entries) and kept.entries[at - 1].seq == after:
-            return kept.after(after)
+        at = bisect_right(slice_.entries, after, key=_seq)
+        if 0 < at < len(slice_.entries) and slice_.entries[at - 1].seq == after:
+            return slice_.after(after)
         return None
 
     def _missing(self, feed: Feed, after: int) -> int:
@@ -82,14 +94,17 @@ class Reads:
         at = bisect_right(places, after)
         return min(MAX_EVENTS, places[at] - after) if at < len(places) else MAX_EVENTS
 
-    def _keep(self, feed: Feed, after: int, slice_: Slice) -> None:
+    def _keep(self, feed: Feed, after: int, slice_: Slice, resets: int) -> None:
         if not slice_.entries:
             return
         self.forget(older_than=KEPT_SECONDS)
         self._drop(feed, after)
-        size = sum(2 * len(batch.data) for batch in slice_.batches)
+        # Each event is there up to three times: as it was read, as a frame, and in a batch.
+        size = sum(
+            (2 if len(batch.frames) == 1 else 3) * len(batch.data) for batch in slice_.batches
+        )
         size += len(slice_.entries) * ENTRY_BYTES
-        self._kept[feed, after] = time.monotonic(), size, slice_
+        self._kept[feed, after] = Kept(time.monotonic(), resets, size, slice_)
         self._size += size
         insort(self._places.setdefault(feed, []), after)
         while self._size > KEPT_BYTES:
@@ -98,7 +113,7 @@ class Reads:
     def _drop(self, feed: Feed, after: int) -> None:
         kept = self._kept.pop((feed, after), None)
         if kept is not None:
-            self._size -= kept[1]
+            self._size -= kept.size
             self._places[feed].remove(after)
             if not self._places[feed]:
                 del self._places[feed]
@@ -107,8 +122,8 @@ class Reads:
         """Forget what was read some seconds ago."""
         until = time.monotonic() - older_than
         while self._kept:
-            key, (made, _, _) = next(iter(self._kept.items()))
-            if made > until:
+            key, kept = next(iter(self._kept.items()))
+            if kept.made > until:
                 break
             self._drop(*key)
 

@@ -147,7 +147,7 @@ class EventStream(AsyncIterator[bytes]):
         subscriber = self._subscriber
         hub = self._hub
         self.sending_since = None
-        subscriber.fly(0)
+        subscriber.in_flight = 0
         try:
             # The way that nearly every write takes; each call less counts here.
             chunk = None if hub is None else subscriber.take_plain()
@@ -166,7 +166,7 @@ class EventStream(AsyncIterator[bytes]):
         if not chunk:
             self._close(Reason.FINISHED)
             raise StopAsyncIteration
-        subscriber.fly(len(chunk))
+        subscriber.in_flight = len(chunk)
         self.sending_since = time.monotonic()
         return chunk
 

@@ -11,6 +11,7 @@ All of it belongs to one event loop's thread.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Protocol
 
 from .batches import Batch
@@ -56,6 +57,7 @@ class Subscription:
         "_anew_at",
         "_held",
         "_key",
+        "displaced",
         "done",
         "feed",
         "finished",
@@ -76,6 +78,8 @@ class Subscription:
         self.sent = position
         """The sequence number up to which events were taken for the socket."""
         self.feed: Passes | None = None
+        self.displaced = False
+        """Does its place belong to a history that was replaced?"""
         self.live = finished
         self.finished = finished
         """Has the close been buffered? Nothing comes after it."""
@@ -109,12 +113,10 @@ class Subscription:
             if batch.finish and not self.live:
                 # Nothing comes after a close, so what is read comes before.
                 self._held = batch
-            elif subscriber.write_volatile(batch.data, batch.finish):
+            elif subscriber.offer_volatile(batch):
                 self._finish(batch.finish)
         elif self.live and last > before:
-            data = self._pass(batch)
-            if subscriber.has_room(data):
-                subscriber.write(data)
+            if subscriber.offer(self._pass(batch), batch):
                 if batch.finish:
                     self._finish(True)
             else:
@@ -138,6 +140,10 @@ class Subscription:
         Gives the bytes to write, perhaps none.
         """
         chunk = b""
+        if self.displaced:
+            # What is there now under these numbers was never what the listener had.
+            self.displaced = False
+            slice_ = replace(slice_, entries=(), complete=False)
         if not slice_.complete:
             closed = slice_.closed
             chunk = self._moved(slice_.last, anew=closed, missing=True, after=self.position)
@@ -179,7 +185,7 @@ class Subscription:
 
     def _pass(self, batch: Batch) -> bytes:
         """Move past durable events; give their bytes as this stream sends them."""
-        if (batch.first or 0) <= self.position:
+        if batch.first is None or batch.first <= self.position:
             batch = batch.after(self.position)
         if not self.subscriber.joined:
             self.position = batch.last or 0
@@ -202,19 +208,19 @@ class Subscriber:
     """The bounded buffer of one stream.
 
     :param buffer_bytes: the most that it holds, with what the server is about to take.
-        One frame is held even if it is larger.
+        One frame is held even if it is larger, and one batch if there is nothing else.
     :param keepalive_seconds: longest silence, or ``None``.
     """
 
     __slots__ = (
         "_buffer",
-        "_in_flight",
         "_lost",
         "_size",
         "_volatile",
         "_waiter",
         "buffer_bytes",
         "finished",
+        "in_flight",
         "joined",
         "keepalive_seconds",
         "quiet",
@@ -233,9 +239,10 @@ class Subscriber:
         """Has the last frame been buffered? Nothing comes after it."""
         self.quiet = False
         """Was nothing written since the last keepalive tick?"""
+        self.in_flight = 0
+        """Bytes that were taken, and that the server may not have taken on yet."""
         self._buffer: list[bytes] = []
         self._size = 0
-        self._in_flight = 0  # what was taken, and the server may not have taken on yet
         self._volatile = False  # does the buffer hold events that no history has?
         self._lost = False  # were such events dropped?
         self._waiter: asyncio.Future[None] | None = None
@@ -259,15 +266,27 @@ class Subscriber:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def write_volatile(self, frame: bytes, finish: bool) -> bool:
-        """Buffer an event that no history has; ``False`` when it was dropped instead."""
-        if not self.has_room(frame):
+    def offer(self, data: bytes, batch: Batch) -> bool:
+        """Buffer a batch and wake the stream, if there is room.
+
+        :param data: its bytes as this stream sends them.
+        """
+        if self._size + self.in_flight + len(data) > self.buffer_bytes and (
+            self._buffer or (self.in_flight and len(batch.frames) > 1)
+        ):
+            return False
+        self.write(data)
+        return True
+
+    def offer_volatile(self, batch: Batch) -> bool:
+        """Buffer events that no history has; ``False`` when they were dropped instead."""
+        if not self.offer(batch.data, batch):
             self.overflow()
-            self._lost = self._lost or not finish
-            if not finish:
+            self._lost = self._lost or not batch.finish
+            if not batch.finish:
                 return False
+            self.write(batch.data)
         self._volatile = True
-        self.write(frame)
         return True
 
     def keep_alive(self) -> None:
@@ -276,11 +295,6 @@ class Subscriber:
             self.write(KEEPALIVE)
         else:
             self.quiet = True
-
-    def has_room(self, frame: bytes) -> bool:
-        """Tell whether a frame can be buffered."""
-        held = self._size + self._in_flight
-        return not self._buffer or held + len(frame) <= self.buffer_bytes
 
     def overflow(self) -> None:
         """Drop the buffer, not the listener: it goes on from the history."""
@@ -356,10 +370,6 @@ class Subscriber:
             return b""
         self._lost = False
         return reset_frame("overflow", after=None, resume=None)
-
-    def fly(self, size: int) -> None:
-        """Count what the server is about to take as held, until the next call."""
-        self._in_flight = size
 
     @property
     def has_frames(self) -> bool:

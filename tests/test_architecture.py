@@ -17,7 +17,7 @@ MAX_LINES = 400
 
 LAYERS = [
     # 0: the standard library only
-    ["exceptions", "frames", "batches"],
+    ["exceptions", "frames", "batches", "inbox"],
     ["events"],
     ["resets"],
     # 1
@@ -54,7 +54,7 @@ LAYERS = [
 """The modules, lowest first. Each may import those in the rows above its own."""
 
 RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row}
-STANDARD_LIBRARY_ONLY = {"exceptions", "frames", "batches", "events", "resets"}
+STANDARD_LIBRARY_ONLY = {"exceptions", "frames", "batches", "inbox", "events", "resets"}
 
 ASIDE = [["connection"], ["client", "sender"]]
 """The clients: each may import the rows above its own, ``ASIDE_MAY``, and httpx. No Django."""

@@ -188,7 +188,7 @@ def test_hubs_of_closed_loops_are_forgotten() -> None:
         task.cancel()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
-    hub.deliver({})
+    hub.deliver([{}])
     assert hub not in hubs()
 
 
@@ -237,7 +237,7 @@ async def test_running_loops_are_left_alone(hub: Hub) -> None:
 async def test_delivery_from_another_thread(hub: Hub) -> None:
     """A plain thread's message wakes the loop; nothing waits for the next head check."""
     subscriber = await listen(hub)
-    threading.Thread(target=hub.deliver, args=[message("t", None, "live")]).start()
+    threading.Thread(target=hub.deliver, args=[[message("t", None, "live")]]).start()
     assert await receive(subscriber, 1) == ["live"]
 
 
@@ -245,7 +245,7 @@ async def test_messages_for_nobody_are_not_sent(hub: Hub) -> None:
     """A token without listeners here costs no channel-layer call, and no task."""
     await until(lambda: len(hub._tasks) == 2)
     calls = len(layer_of(hub).calls)
-    hub.deliver(message("nobody", 1))
+    hub.deliver([message("nobody", 1)])
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert len(hub._tasks) == 2
@@ -535,7 +535,7 @@ async def test_the_hub_holds_on_to_no_request(hub: Hub) -> None:
         one = Request()
         request.set(one)
         hub._keep_alive(subscriber)
-        hub.deliver(message("t", None, "live"))
+        hub.deliver([message("t", None, "live")])
         return weakref.ref(one)
 
     subscriber = await listen(hub)

@@ -18,11 +18,13 @@ import django_eventsource
 from django_eventsource import apublish, apublish_many, publish, publish_many, publishing
 from django_eventsource.events import Event, EventId, JSONIdEvent, StringEvent
 from django_eventsource.exceptions import DeliveryFailed, InvalidToken, UnknownAction
+from django_eventsource.frames import Decoder
 from django_eventsource.history import Draft, Entry, get_history
 from django_eventsource.hub import get_hub
 from django_eventsource.layers import MESSAGE_TYPE
 from django_eventsource.models import PendingEvent, StoredEvent
 from django_eventsource.signals import event_published
+from django_eventsource.streams import EventStream
 from django_eventsource.tokens import group_name
 from tests.histories import texts
 from tests.processes import run_python
@@ -398,7 +400,7 @@ async def test_publish_reaches_the_hubs_of_this_process(memory_history: Any, set
     settings.CHANNEL_LAYERS = {}
     hub = get_hub()
     got: list[dict[str, Any]] = []
-    hub.deliver = got.append  # type: ignore[method-assign]
+    hub.deliver = got.extend  # type: ignore[method-assign]
     event = await apublish("t", "ping", "a")
     assert [(message["group"], message["seq"]) for message in got] == [
         (group_name("t"), int(event.id))
@@ -549,6 +551,40 @@ def test_publish_many_live_only(layer: SharedLayer, memory_history: Any) -> None
     assert [event.id for event in publish_many(items, StringEvent)] == [None] * 3
     sent = [(m["seq"], m["finish"], len(m["frames"])) for _, m in layer.sent]
     assert sent == [(None, True, 2), (None, False, 1)]
+
+
+@pytest.mark.parametrize("event_class", [StringEvent, None])
+async def test_a_prompt_reader_gets_many_as_they_come(
+    memory_history: Any, settings, monkeypatch: pytest.MonkeyPatch, event_class: type[Event] | None
+) -> None:
+    """However many there are at once: it is not taken for a slow one, nor reads the history."""
+    settings.CHANNEL_LAYERS = {}
+    await apublish("t", "ping", "1", JSONIdEvent)  # a life has begun
+    position = await get_history().alocate("t", None)
+    stream = EventStream("t", position)
+    decoder = Decoder()
+    got: list[str] = []
+
+    async def read() -> None:
+        async for chunk in stream:
+            got.extend(event.data for event in decoder.feed(chunk))
+
+    reading = asyncio.ensure_future(read())
+    hub = get_hub()
+    async with asyncio.timeout(5):
+        while (feed := hub._feeds.get("t")) is None or feed.last is None:
+            await asyncio.sleep(0.001)
+    reads = []
+    monkeypatch.setattr(hub, "read", lambda *args: reads.append(args))
+    values = [f"{n:01000}" for n in range(1000)]
+    await apublish_many((("t", "ping", value) for value in values), event_class)
+    async with asyncio.timeout(5):
+        while len(got) < len(values):
+            await asyncio.sleep(0.001)
+    assert got == values
+    assert reads == []
+    await stream.aclose()
+    await reading
 
 
 @pytest.mark.usefixtures("memory_history")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import tracemalloc
+from dataclasses import replace
 
 import pytest
 
 from django_eventsource import reads as module
 from django_eventsource.feeds import Feed
-from django_eventsource.history import Slice
+from django_eventsource.history import Draft, Entry, Slice
 from django_eventsource.history.memory import MemoryHistory
 from django_eventsource.reads import Reads
 from tests.histories import add, texts
@@ -99,12 +102,37 @@ async def test_a_place_that_never_was_is_asked_of_the_history(
     gap = Slice(
         entries=(*slice_.entries[:10], *slice_.entries[20:]), complete=True, last=store.end
     )
-    reads._kept[feed, store.start] = (*reads._kept[feed, store.start][:2], gap)
+    kept = reads._kept[feed, store.start]
+    reads._kept[feed, store.start] = kept._replace(slice_=gap)
     store.asked.clear()
     await reads.read(feed, store.start + 10)
     assert store.asked == []
     await reads.read(feed, store.start + 15)
     assert [after for after, _ in store.asked] == [15]
+
+
+async def test_what_was_read_before_a_reset(reads: Reads, feed: Feed, store: Store) -> None:
+    """A history that was replaced by an older one has other events under these numbers."""
+    place = store.start + 90
+    feed.last = store.end
+    await reads.read(feed, place)
+    assert await reads.read(feed, place)
+    assert len(store.asked) == 1
+    feed.compare(store.end, store.end - 5)
+    await reads.read(feed, place)
+    assert len(store.asked) == 2
+    await reads.read(feed, place + 10)
+    assert len(store.asked) == 2, "what was read since is shared"
+
+
+async def test_what_was_read_across_a_reset(reads: Reads, feed: Feed, store: Store) -> None:
+    """Nobody can tell from which of the two histories it is."""
+    reading = asyncio.ensure_future(reads.read(feed, store.start))
+    await asyncio.sleep(0)
+    feed.restart(store.end)
+    await reading
+    await reads.read(feed, store.start)
+    assert len(store.asked) == 2
 
 
 async def test_the_end_is_not_kept(reads: Reads, feed: Feed, store: Store) -> None:
@@ -184,6 +212,32 @@ async def test_what_is_kept_is_bounded(
         await reads.read(feed, store.start)
     assert list(reads._places) == feeds[2:]
     assert reads._size <= module.KEPT_BYTES
+
+
+@pytest.mark.parametrize("size", [1, 1_000, 20_000])
+async def test_what_is_kept_is_counted(feed: Feed, size: int) -> None:
+    """With all the copies that there are of an event: nothing is held that is not."""
+    history = MemoryHistory()
+    drafts = [Draft(action="ping", data=b"%0*d" % (size, n)) for n in range(100)]
+    start = history.append("t", drafts)[0].seq - 1
+
+    async def read(token: str, after: int, max_events: int) -> Slice:
+        slice_ = history.read(token, after, max_bytes=10**9)
+        fresh = [
+            Entry(seq=one.seq, draft=replace(one.draft, data=bytes(bytearray(one.draft.data))))
+            for one in slice_.entries
+        ]
+        return replace(slice_, entries=tuple(fresh))
+
+    reads = Reads(read)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        await reads.read(feed, start)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < reads._size * 1.1
 
 
 async def test_what_belongs_to_a_feed_goes_with_it(reads: Reads, store: Store) -> None:

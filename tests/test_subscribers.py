@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from django_eventsource import feeds
 from django_eventsource.cursors import join_cursor, max_length, short_key, split_cursor
 from django_eventsource.feeds import Feed
 from django_eventsource.frames import KEEPALIVE, Decoder
@@ -29,6 +30,12 @@ def send(feed: Feed, seq: int | None, text: str = "", *, finish: bool = False) -
     """What the layer would bring."""
     one = draft(text or str(seq), kind=Kind.FINISH if finish else Kind.EVENT)
     feed.receive(seq, [one.frame(seq)], finish)
+
+
+def send_many(feed: Feed, seq: int, texts: list[str]) -> None:
+    """What the layer would bring in one message."""
+    frames = [draft(text).frame(seq + n) for n, text in enumerate(texts)]
+    feed.receive(seq, frames, False)
 
 
 def subscribe(feed: Feed, position: int = 10, *, size: int = 10_000) -> Single:
@@ -130,8 +137,11 @@ def test_nothing_follows_a_close_that_was_read(feed: Feed) -> None:
 # Catching up while the feed holds what comes next
 
 
-def test_an_overflow_at_the_end_of_catching_up_repeats_nothing(feed: Feed) -> None:
+def test_an_overflow_at_the_end_of_catching_up_repeats_nothing(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was read is on its way to the socket when what the feed held finds no room."""
+    monkeypatch.setattr(feeds, "MAX_HELD_BYTES", 40)
     subscriber = Single(10, buffer_bytes=100, keepalive_seconds=None)
     feed.add(subscriber.only)
     for seq in range(12, 20):
@@ -350,16 +360,50 @@ def test_ending_drops_what_is_buffered(feed: Feed) -> None:
 def test_what_the_server_holds_counts(feed: Feed) -> None:
     """A reader that takes its time leaves less room in the buffer."""
     subscriber = subscribe(feed, size=100)
-    subscriber.fly(90)
+    subscriber.in_flight = 90
     send(feed, 11)
     assert subscriber.live, "one frame is always held"
     send(feed, 12)
     assert not subscriber.live
     subscriber.catch_up(read(11, 12, last=12))
-    subscriber.fly(0)
+    subscriber.in_flight = 0
     send(feed, 13)
     send(feed, 14)
     assert got(subscriber) == ["13", "14"]
+
+
+def test_a_batch_beside_what_the_server_holds(feed: Feed) -> None:
+    """Several events are only held over the bound if there is nothing else."""
+    texts = ["x" * 60, "y" * 60]
+    subscriber = subscribe(feed, size=100)
+    send_many(feed, 11, texts)
+    assert got(subscriber) == texts, "there was nothing else"
+    subscriber.in_flight = 1
+    send_many(feed, 13, texts)
+    assert not subscriber.live
+    assert subscriber.position == 12
+
+
+def test_a_history_that_was_replaced_while_one_is_behind(feed: Feed) -> None:
+    """Its place is another one's now: what is there under the next numbers is not what follows."""
+    behind = Single(30, buffer_bytes=1000, keepalive_seconds=None)
+    live = subscribe(feed, size=1000)
+    for seq in range(11, 41):
+        send(feed, seq)
+    feed.add(behind.only)
+    got(live)
+    assert not feed.compare(40, 25)
+    assert [event.event for event in Decoder().feed(live.take())] == ["reset"]
+    for seq in range(26, 36):
+        send(feed, seq, "new")
+    chunk = behind.catch_up(read(31, 32, 33, 34, 35, last=35))
+    (event,) = Decoder().feed(chunk)
+    assert event.event == "reset"
+    assert json.loads(event.data) == {"reason": "expired", "after": "30", "resume": "35"}
+    assert behind.live
+    send(feed, 36)
+    assert got(behind) == ["36"]
+    assert behind.catch_up(read(37, last=37)) != b"", "once"
 
 
 def test_the_buffer_is_a_part_of_what_a_stream_may_hold() -> None:
