@@ -49,7 +49,6 @@ class Feed:
         "last",
         "reading",
         "resets",
-        "rest",
         "subscriptions",
         "token",
         "unheard",
@@ -66,7 +65,7 @@ class Feed:
         """The hub's last attempt to join it."""
         self.last: int | None = None
         """The newest sequence number passed on or held; ``None`` before the first catch-up."""
-        self.free_at = self.rest = 0.0
+        self.free_at = 0.0
         self.has_gap = False
         """Is an event held while one before it is missing?"""
         self.has_life = False

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 from django.core.exceptions import ImproperlyConfigured
 
+from .buffers import share_of
 from .conf import conf
 from .feeds import Feed
 from .history import History, Slice, get_history
@@ -26,7 +27,7 @@ from .layers import MESSAGE_TYPE, is_process_local
 from .membership import PROBE_TYPE, Membership, is_timeout
 from .pacing import Pace
 from .reads import KEPT_SECONDS, Reads
-from .subscribers import Subscriber, share_of
+from .subscribers import Subscriber
 from .tokens import group_name
 
 logger = logging.getLogger("django_eventsource.hub")

@@ -2,9 +2,10 @@
 
 An event of an idle token is passed on at once. While that is being written to its
 listeners, and for a short rest after it, further events are held, and then they are passed
-on together: one write for each listener, however many events. Where many are held again
-and again, the rest becomes longer, up to ten times ``EVENTSOURCE_COALESCE_SECONDS``. So the
-more there is of a flood, the less it costs per event, and the wait stays bounded.
+on together: one write for each listener, however many events. The rest is
+``EVENTSOURCE_COALESCE_SECONDS`` after a single event. After several it is as long as fits what
+writing them took, up to ten times the setting: so the more there is of a flood, the less it
+costs per event, and the wait stays bounded.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Protocol
 
 from .conf import conf
 
-REST = 0.5
-"""The shortest rest, as a part of the time that the writes took: publishers, who are served
-by the same loop, get their turn."""
-MANY = 4
+FEW_REST = 0.5
+"""The rest after two events, as a part of the time that their writes took."""
+MANY = 3
 """Events held at once that make the rest longer."""
+MANY_REST = 4.0
+"""The rest after so many: publishers, who are served by the same loop, get most of the time."""
 ROUNDS = 3
 """Rounds of the loop until all is written: in the first, tasks hand it to the server, and
 Daphne writes to the sockets in the one after the next."""
@@ -32,8 +34,6 @@ class Paced(Protocol):
 
     free_at: float
     """When it may be passed on again, on the loop's clock."""
-    rest: float
-    """The rest after it was passed on last, in seconds."""
 
     def flush(self) -> None:
         """Pass on what is held."""
@@ -62,26 +62,30 @@ class Pace:
         if seconds is not None:
             self._seconds = seconds
             one.free_at = float("inf")
-            one.rest = one.rest * 2 if events >= MANY else 0.0
-            self._loop.call_soon(self._wait, one, self._loop.time(), ROUNDS, context=self._context)
+            share = 0.0 if events == 1 else FEW_REST if events < MANY else MANY_REST
+            began = self._loop.time()
+            self._loop.call_soon(self._wait, one, share, began, ROUNDS, context=self._context)
 
-    def _wait(self, one: Paced, began: float, rounds: int) -> None:
+    def _wait(self, one: Paced, share: float, began: float, rounds: int) -> None:
         """Let the loop go round until all is written."""
         if rounds > 1:
-            self._loop.call_soon(self._wait, one, began, rounds - 1, context=self._context)
+            again = share, began, rounds - 1
+            self._loop.call_soon(self._wait, one, *again, context=self._context)
             return
         now = self._loop.time()
-        rest = max(self._seconds, (now - began) * REST, one.rest)
-        one.rest = min(rest, self._seconds * MOST)
-        one.free_at = now + one.rest
+        rest = max(self._seconds, (now - began) * share)
+        one.free_at = now + min(rest, self._seconds * MOST)
 
     def hold(self, one: Paced) -> None:
         """Pass on what it holds as soon as that may be."""
         self._holding.add(one)
         if self._timer is None:
-            self._start(self._seconds)
+            self._start()
 
-    def _start(self, seconds: float) -> None:
+    def _start(self) -> None:
+        """Look again when the first may be passed on, or after a while: it may be unknown yet."""
+        seconds = min(one.free_at for one in self._holding) - self._loop.time()
+        seconds = min(max(seconds, 0.0), self._seconds)
         self._timer = self._loop.call_later(seconds, self._flush, context=self._context)
 
     def _flush(self) -> None:
@@ -90,6 +94,4 @@ class Pace:
             self._holding.discard(one)
             one.flush()
         if self._holding:
-            now = self._loop.time()
-            soonest = min(one.free_at for one in self._holding) - now
-            self._start(min(max(soonest, 0.0), self._seconds))
+            self._start()

@@ -15,13 +15,14 @@ from typing import Any
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.db import connections
 
+from .buffers import share_of
 from .conf import conf
 from .cursors import split_cursor
 from .frames import encode_comment, encode_id, encode_retry
 from .history import Position
 from .hub import Hub, get_hub
 from .resets import reset_frame
-from .subscribers import Subscriber, Subscription, share_of
+from .subscribers import Subscriber, Subscription
 
 logger = logging.getLogger("django_eventsource.streams")
 
@@ -150,10 +151,12 @@ class EventStream(AsyncIterator[bytes]):
         subscriber.in_flight = 0
         try:
             # The way that nearly every write takes; each call less counts here.
-            chunk = None if hub is None else subscriber.take_plain()
-            if hub is not None and chunk == b"":
-                await subscriber.waiter(hub.loop)
-                chunk = subscriber.take_plain()
+            chunk: bytes | None = None
+            if hub is not None:
+                chunk = subscriber.take_plain() if subscriber.stirred else b""
+                if chunk == b"":
+                    await subscriber.waiter(hub.loop)
+                    chunk = subscriber.take_plain()
             if not chunk:
                 chunk = await self._next()
         except BaseException as error:

@@ -15,19 +15,12 @@ from dataclasses import replace
 from typing import Protocol
 
 from .batches import Batch
+from .buffers import Buffer
 from .cursors import join_cursor, short_key
-from .frames import KEEPALIVE, encode_id
+from .frames import encode_id
 from .history import Slice
 from .history.base import cursor_at
 from .resets import reset_frame
-
-
-def share_of(stream_bytes: int) -> int:
-    """Give the part of what a stream may hold that its buffer may take.
-
-    As much again may be with the server, which asyncio lets hold 64 KiB besides.
-    """
-    return stream_bytes * 3 // 8
 
 
 class Passes(Protocol):
@@ -116,7 +109,12 @@ class Subscription:
             elif subscriber.offer_volatile(batch):
                 self._finish(batch.finish)
         elif self.live and last > before:
-            if subscriber.offer(self._pass(batch), batch):
+            # The short way, which nearly every batch takes.
+            if subscriber.joined or (batch.first or 0) <= before:
+                data = self._pass(batch)
+            else:
+                data, self.position = batch.data, last
+            if subscriber.offer(data, batch):
                 if batch.finish:
                     self._finish(True)
             else:
@@ -204,48 +202,22 @@ class Subscription:
                 self.subscriber.finished = True
 
 
-class Subscriber:
-    """The bounded buffer of one stream.
+class Subscriber(Buffer):
+    """The bounded buffer of one stream, and its tokens."""
 
-    :param buffer_bytes: the most that it holds, with what the server is about to take.
-        One frame is held even if it is larger, and one batch if there is nothing else.
-    :param keepalive_seconds: longest silence, or ``None``.
-    """
-
-    __slots__ = (
-        "_buffer",
-        "_lost",
-        "_size",
-        "_volatile",
-        "_waiter",
-        "buffer_bytes",
-        "finished",
-        "in_flight",
-        "joined",
-        "keepalive_seconds",
-        "quiet",
-        "subscriptions",
-    )
+    __slots__ = ("_lost", "_volatile", "finished", "joined", "subscriptions")
 
     def __init__(
         self, *, buffer_bytes: int, keepalive_seconds: float | None, joined: bool = False
     ) -> None:
-        self.buffer_bytes = buffer_bytes
-        self.keepalive_seconds = keepalive_seconds
+        super().__init__(buffer_bytes, keepalive_seconds)
         self.joined = joined
         """Does one cursor stand for several tokens?"""
         self.subscriptions: list[Subscription] = []
         self.finished = False
         """Has the last frame been buffered? Nothing comes after it."""
-        self.quiet = False
-        """Was nothing written since the last keepalive tick?"""
-        self.in_flight = 0
-        """Bytes that were taken, and that the server may not have taken on yet."""
-        self._buffer: list[bytes] = []
-        self._size = 0
         self._volatile = False  # does the buffer hold events that no history has?
         self._lost = False  # were such events dropped?
-        self._waiter: asyncio.Future[None] | None = None
 
     def add(
         self, token: str, position: int, *, anew: bool = False, finished: bool = False
@@ -256,27 +228,6 @@ class Subscriber:
         return subscription
 
     # For the feeds
-
-    def write(self, frame: bytes) -> None:
-        """Buffer bytes and wake the stream."""
-        self.quiet = False
-        self._buffer.append(frame)
-        self._size += len(frame)
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    def offer(self, data: bytes, batch: Batch) -> bool:
-        """Buffer a batch and wake the stream, if there is room.
-
-        :param data: its bytes as this stream sends them.
-        """
-        if self._size + self.in_flight + len(data) > self.buffer_bytes and (
-            self._buffer or (self.in_flight and len(batch.frames) > 1)
-        ):
-            return False
-        self.write(data)
-        return True
 
     def offer_volatile(self, batch: Batch) -> bool:
         """Buffer events that no history has; ``False`` when they were dropped instead."""
@@ -289,13 +240,6 @@ class Subscriber:
         self._volatile = True
         return True
 
-    def keep_alive(self) -> None:
-        """Write a keepalive if nothing was written since the last call, and nothing waits."""
-        if self.quiet and not self._buffer:
-            self.write(KEEPALIVE)
-        else:
-            self.quiet = True
-
     def overflow(self) -> None:
         """Drop the buffer, not the listener: it goes on from the history."""
         self._buffer.clear()
@@ -306,11 +250,6 @@ class Subscriber:
             one.position = one.sent
             one.live = one.finished = one.done
         self.wake()
-
-    def wake(self) -> None:
-        """Let the stream look for news."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
     # For the stream
 
@@ -343,6 +282,7 @@ class Subscriber:
         one = self.subscriptions[0]
         if self._lost or self.finished or self.joined or not one.live:
             return None
+        self.stirred = False
         buffer = self._buffer
         if not buffer:
             return b""
@@ -372,11 +312,6 @@ class Subscriber:
         return reset_frame("overflow", after=None, resume=None)
 
     @property
-    def has_frames(self) -> bool:
-        """Is anything buffered?"""
-        return bool(self._buffer)
-
-    @property
     def behind(self) -> Subscription | None:
         """One of its tokens of which the stream has to read the history."""
         for one in self.subscriptions:
@@ -388,11 +323,6 @@ class Subscriber:
     def has_news(self) -> bool:
         """Is there anything for the stream to do?"""
         return bool(self._buffer) or self._lost or self.finished or self.behind is not None
-
-    def waiter(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
-        """Give what is done at the next news: there must be none yet."""
-        self._waiter = loop.create_future()
-        return self._waiter
 
     async def wait(self) -> None:
         """Wait until there are news."""

@@ -35,7 +35,7 @@ from .exceptions import (
 from .history import Draft, get_history
 from .listeners import Limit, Listener, registry
 from .policies import Policy, identify
-from .publishing import apublish, make_event
+from .publishing import apublish_posted, make_event
 from .requests import Snapshot, address_of, keep_body, last_event_id, read_tokens, session_of
 from .responses import HEADERS, EventStreamResponse, Slot
 from .shutdown import shutdown
@@ -280,7 +280,7 @@ class EventSourceView(View):
                 400, f"The body is not UTF-8: byte {body[error.start]:#04x} at {error.start}."
             )
         try:
-            event = await apublish(token, action, value, event_class)
+            event = await apublish_posted(token, action, value, event_class)
         except ValueError as error:
             return text_response(400, str(error))
         except get_history().failures as error:

@@ -13,6 +13,7 @@ import logging
 import time
 import uuid
 from collections import deque
+from typing import cast
 
 from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from django.db import DatabaseError, connections
@@ -46,6 +47,10 @@ RETRY_SECONDS = 5.0
 """How soon it is asked again when the database kept it from answering."""
 REMEMBER_SECONDS = 10.0
 """How long a word to end streams also means those that were being opened when it came."""
+
+
+class Stuck(TimeoutError):
+    """A policy did not answer in time, and neither may what it waits for in its thread."""
 
 
 class Watch:
@@ -143,12 +148,12 @@ class Watch:
             while queue:
                 async with ThreadSensitiveContext():
                     error: Exception | None = None
-                    while queue and not isinstance(error, TimeoutError):
+                    while queue and not isinstance(error, Stuck):
                         error = await asyncio.ensure_future(self._recheck(*queue.popleft()))
                         if error is not None:
                             errors.append(error)
-                    if isinstance(error, TimeoutError):
-                        leave_thread()  # it may be stuck
+                    if isinstance(error, Stuck):
+                        leave_thread()
                     else:
                         # No request's end lets go of them. Those that wait their turn must
                         # get it, whatever a broken connection says.
@@ -161,13 +166,16 @@ class Watch:
     async def _recheck(self, stream: EventStream, listener: Listener) -> Exception | None:
         """Ask the policy again; give what kept it from answering."""
         seconds = conf.recheck_seconds or float("inf")
+        limit = asyncio.timeout(RECHECK_SECONDS)
         try:
-            async with asyncio.timeout(RECHECK_SECONDS):
+            async with limit:
                 allowed = listener.recheck is None or await listener.recheck()
         except passing() as error:
             self._recheck_in(listener, min(seconds, RETRY_SECONDS))
-            return error
-        except Exception:
+            return Stuck("The policy takes too long.") if limit.expired() else error
+        except (Exception, asyncio.CancelledError):
+            if cast("asyncio.Task[object]", asyncio.current_task()).cancelling():
+                raise
             # What it says of a new listener is the same: an error, and no stream.
             logger.exception("The policy failed; the stream of %r is ended.", listener.tokens)
             allowed = False

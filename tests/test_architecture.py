@@ -18,6 +18,7 @@ MAX_LINES = 400
 LAYERS = [
     # 0: the standard library only
     ["exceptions", "frames", "batches", "inbox"],
+    ["buffers"],
     ["events"],
     ["resets"],
     # 1
@@ -28,6 +29,7 @@ LAYERS = [
     ["models", "history.base", "history.redis_scripts"],
     ["history.redis_hosts", "history.redis_entries"],
     ["history.transactions"],
+    ["history.outbox"],
     ["history.presence"],
     ["history.memory", "history.database", "history.redis"],
     ["history", "policies"],
@@ -54,7 +56,7 @@ LAYERS = [
 """The modules, lowest first. Each may import those in the rows above its own."""
 
 RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row}
-STANDARD_LIBRARY_ONLY = {"exceptions", "frames", "batches", "inbox", "events", "resets"}
+STANDARD_LIBRARY_ONLY = {"exceptions", "frames", "batches", "buffers", "inbox", "events", "resets"}
 
 ASIDE = [["connection"], ["client", "sender"]]
 """The clients: each may import the rows above its own, ``ASIDE_MAY``, and httpx. No Django."""

@@ -235,19 +235,6 @@ def test_an_event_that_was_trimmed_before_its_publisher_looked(
 
 
 @real_commits
-def test_more_pending_events_than_a_batch(
-    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A long outbox is settled whole, in order, batch by batch."""
-    monkeypatch.setattr(module, "BATCH", 3)
-    with transaction.atomic(using=history.using):
-        settle = history.stage("t", [draft(str(n)) for n in range(8)])
-    entries = settle()
-    assert texts(entries) == [str(n) for n in range(8)]
-    assert [entry.seq - entries[0].seq for entry in entries] == list(range(8))
-
-
-@real_commits
 def test_transactions_begin_with_a_write(history: DatabaseHistory) -> None:
     """One that began with a read could not wait for a writer on SQLite."""
     add(history, "a")
@@ -746,10 +733,10 @@ def test_pending_events_that_others_settled_meanwhile(
     No database that is tested lets it come to that; the guard is for those that may.
     """
     settle = history.stage("t", [draft("a")])
-    delete = history._delete_pending
+    delete = history._outbox.remove
     answers = [0]
     monkeypatch.setattr(
-        history, "_delete_pending", lambda pks: answers.pop() if answers else delete(pks)
+        history._outbox, "remove", lambda pks: answers.pop() if answers else delete(pks)
     )
     (entry,) = settle()
     assert history.read("t", history.oldest("t")).entries == (entry,)

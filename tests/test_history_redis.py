@@ -314,6 +314,20 @@ def test_an_append_whose_answer_was_lost(history: RedisHistory, before: int) -> 
     assert history.newest("t")[0] == entries[1].seq
 
 
+def test_an_append_that_is_trimmed_at_once_and_whose_answer_was_lost(
+    history: RedisHistory,
+) -> None:
+    """What is left of it is enough to find it again."""
+    history.max_events = 3
+    add(history, "before", token="t")
+    (host,) = history._hosts.all
+    host.client = Lossy(host.client, 1, redis.TimeoutError("lost"))
+    entries = add(history, *"abcdefgh")
+    assert everything(history) == ["f", "g", "h"]
+    assert history.newest("t")[0] == entries[-1].seq
+    assert [entry.seq - entries[0].seq for entry in entries] == list(range(8))
+
+
 def test_the_next_attempt_looks_behind_the_events_of_others(history: RedisHistory) -> None:
     """An attempt is found although more came after it than are looked at at once."""
     (entry,) = add(history, "a")

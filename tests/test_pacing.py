@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from django_eventsource.pacing import MANY, MOST, ROUNDS, Pace
+from django_eventsource.pacing import FEW_REST, MANY, MANY_REST, MOST, ROUNDS, Pace
 
 WINDOW = 0.005
 
@@ -52,7 +52,7 @@ class Token:
     """What a feed is to the pace."""
 
     def __init__(self, pace: Pace) -> None:
-        self.free_at = self.rest = 0.0
+        self.free_at = 0.0
         self.pace = pace
         self.held = 0
         self.passed: list[int] = []
@@ -119,26 +119,23 @@ def test_a_busy_token_is_passed_on_together(token: Token, loop: Loop) -> None:
 
 
 def test_the_rest_follows_the_writes(token: Token, loop: Loop) -> None:
-    """Where the writes take long, publishers get half of that time."""
-    token.come()
-    loop.write(0.04)
-    assert token.free_at == pytest.approx(loop.now + 0.02)
-
-
-def test_a_flood_makes_the_rest_longer_and_it_stays_bounded(token: Token, loop: Loop) -> None:
-    """Twice as long after each large batch; as short as before when it is over."""
+    """The more was held, the longer publishers get; an event alone delays no other."""
     rests = []
-    for events in (1, *[MANY] * 6):
+    for events in (1, 2, MANY - 1, MANY, 100, 1):
         token.pass_on(events)
-        loop.write(0.0)
-        rests.append(token.rest / WINDOW)
-    assert rests == pytest.approx([1, 2, 4, 8, MOST, MOST, MOST])
-    token.pass_on(MANY - 1)
-    loop.write(0.0)
-    assert token.rest == pytest.approx(WINDOW)
-    token.pass_on(1)
-    loop.write(60.0)
-    assert token.rest == pytest.approx(WINDOW * MOST)
+        loop.write(0.012)
+        rests.append(token.free_at - loop.now)
+    few, many = 0.012 * FEW_REST, 0.012 * MANY_REST
+    assert WINDOW < few < many < WINDOW * MOST
+    assert rests == pytest.approx([WINDOW, few, few, many, many, WINDOW])
+
+
+@pytest.mark.parametrize(("seconds", "windows"), [(0.0, 1), (0.0001, 1), (0.02, MOST), (60, MOST)])
+def test_the_rest_is_bounded(token: Token, loop: Loop, seconds: float, windows: int) -> None:
+    """However little, or much, is written."""
+    token.pass_on(MANY)
+    loop.write(seconds)
+    assert token.free_at - loop.now == pytest.approx(WINDOW * windows)
 
 
 def test_tokens_do_not_wait_for_each_other(pace: Pace, loop: Loop) -> None:

@@ -12,7 +12,7 @@ from django_eventsource.cursors import join_cursor, max_length, short_key, split
 from django_eventsource.feeds import Feed
 from django_eventsource.frames import KEEPALIVE, Decoder
 from django_eventsource.history import Entry, Kind, Slice
-from django_eventsource.subscribers import Subscriber, Subscription, share_of
+from django_eventsource.subscribers import Subscriber, Subscription
 from tests.histories import draft
 from tests.singles import Single
 
@@ -404,11 +404,6 @@ def test_a_history_that_was_replaced_while_one_is_behind(feed: Feed) -> None:
     send(feed, 36)
     assert got(behind) == ["36"]
     assert behind.catch_up(read(37, last=37)) != b"", "once"
-
-
-def test_the_buffer_is_a_part_of_what_a_stream_may_hold() -> None:
-    """As much again may be on its way, and some with asyncio."""
-    assert 2 * share_of(256 * 1024) + 64 * 1024 == 256 * 1024
 
 
 def test_a_cursor_of_many_tokens_is_as_long_as_stated() -> None:

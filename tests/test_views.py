@@ -891,7 +891,7 @@ async def test_a_failing_layer_for_a_live_only_event(
     async def fail(*args: Any) -> None:
         raise DeliveryFailed("down")
 
-    monkeypatch.setattr("django_eventsource.views.apublish", fail)
+    monkeypatch.setattr("django_eventsource.views.apublish_posted", fail)
     response = await send(client, "/live/ping/t", "x")
     assert response.status_code == 503
     assert b"was not sent" in response.content
@@ -905,7 +905,7 @@ async def test_a_history_that_fails_for_a_sender(
     async def fail(*args: Any) -> None:
         raise OperationalError("disk full")
 
-    monkeypatch.setattr("django_eventsource.views.apublish", fail)
+    monkeypatch.setattr("django_eventsource.views.apublish_posted", fail)
     response = await send(client, "/events/ping/t", "x")
     assert response.status_code == 503
     assert b"may not have been published" in response.content

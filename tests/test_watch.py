@@ -282,6 +282,47 @@ async def test_a_policy_that_fails(
 
 
 @in_memory
+async def test_a_policy_that_waits_for_what_is_cancelled(
+    settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is its failure, and nobody else's: the others are asked again and again."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
+    lost, kept = await open_stream("lost"), await open_stream("kept")
+
+    async def cancelled() -> bool:
+        task = asyncio.ensure_future(asyncio.Event().wait())
+        task.cancel()
+        return await task
+
+    Moody.answers["lost"] = cancelled
+    await read_to_end(lost)
+    assert lost.reason is Reason.REFUSED
+    assert "The policy failed" in caplog.text
+    asked = Moody.asked.count("kept")
+    await until(lambda: Moody.asked.count("kept") > asked + 2)
+    await kept.aclose()
+
+
+@in_memory
+async def test_a_policy_whose_own_time_is_up(
+    settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A socket's time-out is the network's: its thread is not given up for stuck."""
+    settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
+    given_up: list[str] = []
+    monkeypatch.setattr(module, "leave_thread", lambda: given_up.append(""))
+    stream = await open_stream()
+
+    def away() -> None:
+        raise TimeoutError("the directory server is away")
+
+    Moody.answers["t"] = away
+    await until(lambda: Moody.asked.count("t") >= 3 and "could not be checked" in caplog.text)
+    assert (stream.reason, given_up) == (None, [])
+    await stream.aclose()
+
+
+@in_memory
 async def test_a_policy_that_hangs(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """One policy that never answers does not keep the others from being looked after."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05

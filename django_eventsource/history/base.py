@@ -202,6 +202,9 @@ class History(ABC):
     failures: tuple[type[Exception], ...] = (DatabaseError,)
     """What its methods raise when the store fails, which is nobody's mistake."""
 
+    blocks = True
+    """Do its plain methods wait for anything but a short lock?"""
+
     using: str = DEFAULT_DB_ALIAS
     """Which database's transaction must commit before its events are published?"""
 

@@ -24,15 +24,15 @@ from django.db.models.functions import Greatest
 from django.db.utils import DatabaseError, Error, OperationalError
 from django.utils import timezone
 
-from ..models import FLOOR_KEY, PendingEvent, StoredEvent, TokenHead, set_floor
+from ..models import FLOOR_KEY, StoredEvent, TokenHead, set_floor
 from ..tokens import token_key
 from .base import Draft, Entry, Head, History, Kind, Slice, T
+from .outbox import BATCH, Outbox, columns_of, draft_of
 from .presence import DatabasePresence
 from .transactions import Overtaken, delete, in_transaction
 
 logger = logging.getLogger("django_eventsource.history")
 
-BATCH = 500
 COLUMNS = ("seq", "action", "data", "event_id", "kind")
 KINDS = {kind.value: kind for kind in Kind}
 HEAD_CHECK_PATIENCE = 0.5
@@ -58,7 +58,7 @@ class DatabaseHistory(History):
         self._heads = TokenHead.objects.using(USING)
         self._tokens = self._heads.exclude(key=FLOOR_KEY)
         self._events = StoredEvent.objects.using(USING)
-        self._pending = PendingEvent.objects.using(USING)
+        self._outbox = Outbox(USING)
         self._presence = DatabasePresence(USING)
 
     # Publishing
@@ -79,14 +79,7 @@ class DatabaseHistory(History):
         return self._in_transaction(work, doubtful=doubtful)
 
     def stage(self, token: str, drafts: Sequence[Draft]) -> Callable[[], Sequence[Entry | None]]:
-        now = timezone.now()
-        key = token_key(token)
-        rows = [
-            PendingEvent(key=key, token=token, created=now, ref=uuid.uuid4(), **_columns(draft))
-            for draft in drafts
-        ]
-        self._pending.bulk_create(rows, batch_size=BATCH)
-        return partial(self._settled, token, [row.ref for row in rows])
+        return partial(self._settled, token, self._outbox.add(token, drafts))
 
     def _append(self, token: str, drafts: Sequence[Draft], **extra: Sequence[Any]) -> list[Entry]:
         now = timezone.now()
@@ -100,7 +93,7 @@ class DatabaseHistory(History):
                     seq=entry.seq,
                     size=len(entry.draft.data),
                     created=now,
-                    **_columns(entry.draft),
+                    **columns_of(entry.draft),
                     **{name: values[n] for name, values in extra.items()},
                 )
                 for n, entry in enumerate(entries)
@@ -168,31 +161,25 @@ class DatabaseHistory(History):
     def _settle(self, token: str, *, patience: float | None = None) -> dict[uuid.UUID, Entry]:
         """Give every pending event of the token its sequence number."""
         settled: dict[uuid.UUID, Entry] = {}
-        while batch := self._in_transaction(partial(self._settle_batch, token), patience):
+        more = True
+        while more:
+            batch, more = self._in_transaction(partial(self._settle_batch, token), patience)
             settled.update(batch)
-            if len(batch) < BATCH:
-                break
         return settled
 
-    def _settle_batch(self, token: str) -> dict[uuid.UUID, Entry]:
+    def _settle_batch(self, token: str) -> tuple[dict[uuid.UUID, Entry], bool]:
+        """Settle the oldest ones; tell whether there may be more."""
         self._advance(token, 0, timezone.now())
-        rows = list(self._pending.filter(key=token_key(token)).order_by("pk")[:BATCH])
+        rows, more = self._outbox.oldest(token)
         if not rows:
-            return {}
+            return {}, False
         refs = [row.ref for row in rows]
-        entries = self._append(token, [_draft(row) for row in rows], ref=refs)
-        if self._delete_pending([row.pk for row in rows]) < len(rows):
+        entries = self._append(token, [draft_of(row) for row in rows], ref=refs)
+        if self._outbox.remove([row.pk for row in rows]) < len(rows):
             # MySQL's REPEATABLE READ: the snapshot of a token's first event is older than
             # its lock, and shows what was settled in between.
             raise Overtaken(f"Pending events of {token!r} were settled by others.")
-        return dict(zip(refs, entries, strict=True))
-
-    def _delete_pending(self, pks: Sequence[int]) -> int:
-        if connections[self.using].vendor == "mysql":
-            # For a list of keys it may walk through the table, and wait on its way for the
-            # rows of transactions that are still open.
-            return sum(delete(self._pending.filter(pk=pk)) for pk in pks)
-        return delete(self._pending.filter(pk__in=pks))
+        return dict(zip(refs, entries, strict=True)), more
 
     # Reading
 
@@ -224,7 +211,7 @@ class DatabaseHistory(History):
         )
 
     def heads(self, tokens: Iterable[str]) -> dict[str, Head]:
-        for token in self._pending.values_list("token", flat=True).distinct()[:BATCH]:
+        for token in self._outbox.tokens():
             try:
                 self._settle(token, patience=HEAD_CHECK_PATIENCE)
             except (DatabaseError, ValueError):
@@ -356,24 +343,9 @@ class DatabaseHistory(History):
             connections[self.using].close()
 
 
-def _columns(draft: Draft) -> dict[str, Any]:
-    return {
-        "action": draft.action,
-        "data": draft.data,
-        "event_id": draft.event_id,
-        "kind": draft.kind.value,
-    }
-
-
 def _seconds(seconds: float) -> datetime.timedelta:
     """Give a time span that can be taken off any date of today."""
     return datetime.timedelta(seconds=min(seconds, 10**9))
-
-
-def _draft(row: PendingEvent) -> Draft:
-    return Draft(
-        action=row.action, data=bytes(row.data), event_id=row.event_id, kind=Kind(row.kind)
-    )
 
 
 def _entry(seq: int, action: str, data: bytes, event_id: str | None, kind: str) -> Entry:

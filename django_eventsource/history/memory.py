@@ -57,6 +57,8 @@ class _Lease:
 class MemoryHistory(History):
     """Everything in a dictionary, guarded by one lock; forgotten when the process ends."""
 
+    blocks = False
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._lock = threading.Lock()

@@ -5,8 +5,9 @@ given all of them: so it runs on a cluster too. Numbers are formatted by hand, s
 would write one of 16 digits as ``1.7e+15``.
 
 An entry of the stream has the fields ``m`` (its time in microseconds, and the lengths of its
-action, data, kind and own id) and ``e`` (these four, one after the other). The first of an
-append has ``r``, its reference, and at the begin of a run of numbers ``p``, the place before.
+action, data, kind and own id) and ``e`` (these four, one after the other). The first of a run
+of numbers has ``p`` next, the place before. The last of an append has ``r`` at its end, the
+append's reference.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ APPEND = Script(
 local head, events, ids, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local floor, elapsed, ref = ARGV[1], ARGV[2], ARGV[3]
 local max_events, max_age = tonumber(ARGV[4]), tonumber(ARGV[5])
+local events_given = (#ARGV - 7) / 4
 
 -- An attempt that arrives late, after the one that followed it.
 local done = redis.call('GET', marker)
@@ -61,7 +63,11 @@ if elapsed ~= '' then
     at = nil
     for _, entry in ipairs(some) do
       local seq = string.match(entry[1], '^%d+')
-      if entry[2][5] == 'r' and entry[2][6] == ref then return seq end
+      local fields = entry[2]
+      -- The last of an append has the reference: it is the one that is trimmed last.
+      if fields[#fields - 1] == 'r' and fields[#fields] == ref then
+        return text(seq - events_given + 1)
+      end
       if created(entry) < since then at = nil break end
       at = text(seq - 1)
     end
@@ -91,9 +97,10 @@ for at = 8, #ARGV, 4 do
   -- In as few strings as can be: they are what reading costs.
   local lengths = table.concat({time, #action, #data, #kind, #own}, ' ')
   local entry = {'m', lengths, 'e', action .. data .. kind .. own}
-  if seq == first then
-    entry[5], entry[6] = 'r', ref
-    if before then entry[7], entry[8] = 'p', before end
+  if before and seq == first then entry[5], entry[6] = 'p', before end
+  if at + 4 > #ARGV then
+    entry[#entry + 1] = 'r'
+    entry[#entry + 1] = ref
   end
   redis.call('XADD', events, text(seq) .. '-0', unpack(entry))
   if own ~= '' then redis.call('HSETNX', ids, own, text(seq)) end
@@ -158,7 +165,7 @@ while count < max_events do
     local fields = entry[2]
     size = size + string.match(fields[2], '^%d+ %d+ (%d+)')
     if count > 0 and size > max_bytes then return reply() end
-    if count == 0 then before = fields[8] or false end
+    if count == 0 then before = fields[5] == 'p' and fields[6] end
     count = count + 1
     seq = string.match(entry[1], '^%d+')
     lengths[#lengths + 1], lengths[#lengths + 2] = seq, fields[2]
