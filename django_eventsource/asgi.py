@@ -86,10 +86,11 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
     # It counts as open until its last byte is sent: who looks for streams still finds it.
     release, stream.on_close = stream.on_close, None
     listening = asyncio.ensure_future(_until_gone(stream, receive))
-    producer = hold_back(send)
-    transport = find_transport(send)
-    stream.unsent = partial(unsent, transport)
+    producer: Producer | None = None
     try:
+        producer = hold_back(send)
+        transport = find_transport(send)
+        stream.unsent = partial(unsent, transport)
         await _send_all(stream, send, producer, PIECE_BYTES if transport is None else None)
         if stream.reason is not Reason.LEFT:
             stream.progress(begin=True)
@@ -102,7 +103,7 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
             raise  # the server ends it
         task.uncancel()
         if stream.reason is not Reason.LEFT:
-            cut(transport)
+            cut(find_transport(send))
             # The server must see it, or it complains of a response that is not whole.
             await asyncio.sleep(0)
             await asyncio.sleep(0)

@@ -10,7 +10,7 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -22,6 +22,13 @@ T = TypeVar("T")
 
 END_SECONDS = 1.0
 """How long the end of the process may wait for what closes connections."""
+
+
+def in_forks(call: Callable[[], None]) -> None:
+    """Have something called in each fork of this process first, where processes fork."""
+    register = getattr(os, "register_at_fork", None)
+    if register is not None:
+        register(after_in_child=call)
 
 
 class Background:
@@ -60,6 +67,10 @@ class Background:
                 self._thread.start()
             return self._loop
 
+    def forked(self) -> None:
+        """Begin anew in a fork: the lock may have been held by a thread that is not here."""
+        self._lock = threading.Lock()
+
     def end(self) -> None:
         """Close what is open, and stop the loop."""
         loop, thread = self._loop, self._thread
@@ -78,4 +89,5 @@ class Background:
 
 
 background = Background()
+in_forks(background.forked)
 atexit.register(background.end)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,9 +79,21 @@ def _behind(send: Any) -> Iterator[Any]:
         one = found.pop(0)
         seen += 1
         yield one
-        cells = getattr(one, "__closure__", None) or ()
+        found += [other for other in _held_by(one) if callable(other)]
+
+
+def _held_by(function: Any) -> Iterator[Any]:
+    """Give what a function may call: what it is closed over, or bound to."""
+    for cell in getattr(function, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # a cell that is empty yet
-            found += [cell.cell_contents for cell in cells if callable(cell.cell_contents)]
+            yield cell.cell_contents
+    if isinstance(function, functools.partial):
+        yield from (function.func, *function.args, *function.keywords.values())
+    for name in ("send", "_send"):
+        other = getattr(getattr(function, "__self__", None), name, None)
+        # A server's own send may be a method of that name.
+        if getattr(other, "__func__", other) is not getattr(function, "__func__", None):
+            yield other
 
 
 def hold_back(send: Any) -> Producer | None:
@@ -98,22 +111,13 @@ def find_transport(send: Any) -> Any:
     if request is not None:
         return getattr(request.channel, "transport", None)
     for function in _behind(send):
-        transport = _transport_of(function)
-        if transport is not None:
-            return transport
-    return None
-
-
-def _transport_of(send: Any) -> Any:
-    # uvicorn keeps the transport itself; hypercorn some objects further, each with a send.
-    one = getattr(send, "__self__", None)
-    for _ in range(4):
+        # uvicorn keeps the transport itself; hypercorn some objects further, each with a send.
+        one = getattr(function, "__self__", None)
         if hasattr(one, "streams"):
             return None  # HTTP/2
         transport = getattr(getattr(one, "writer", one), "transport", None)
         if hasattr(transport, "abort"):
             return transport
-        one = getattr(getattr(one, "send", None), "__self__", None)
     return None
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 from django.core.exceptions import ImproperlyConfigured
 
+from .background import in_forks
 from .buffers import share_of
 from .conf import conf
 from .feeds import Feed
@@ -344,6 +345,16 @@ def _nobodys() -> contextvars.Context:
 
 
 _hubs: dict[asyncio.AbstractEventLoop, Hub] = {}
+_parents: list[object] = []
+"""What a fork has inherited. Kept: closing these loops would harm the parent's."""
+
+
+def _leave_to_parent() -> None:
+    _parents.append(dict(_hubs))
+    _hubs.clear()
+
+
+in_forks(_leave_to_parent)
 
 
 def get_hub() -> Hub:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,7 +29,10 @@ from .tokens import CONTROL_TOKEN, check_token, group_name
 logger = logging.getLogger("django_eventsource.publishing")
 
 SEND_SECONDS = 2.0
-"""How long a publisher waits for the channel layer."""
+"""How long a publisher waits for the channel layer, with each batch that it publishes; after
+one that has failed, not any more."""
+SHOWN = 5
+"""Tokens that a message names."""
 BATCH_EVENTS = 500
 BATCH_BYTES = 256 * 1024
 """What is appended at once, all or none."""
@@ -76,7 +79,9 @@ def publish_many(items: Iterable[Item], event_class: type[Event] | None = None) 
 
     All are checked before the first is published. The events of one token stay in their
     order and are stored in batches, each all or none. Inside ``transaction.atomic`` all
-    are published when the transaction commits, or none.
+    are published when the transaction commits, or none of them; only with a history that
+    is not in the database can the store fail for some batches after the commit, which is
+    logged.
 
     :param items: a token, an action and a value of each event.
     :param event_class: ``EVENTSOURCE_EVENT_CLASS`` if not given.
@@ -94,14 +99,32 @@ def publish_many(items: Iterable[Item], event_class: type[Event] | None = None) 
         except ValueError as error:
             error.add_note(f"It is item {n}, counted from 0; nothing was published.")
             raise
-    published = 0
+    events = [event for event, _ in pairs]
+    using = get_history().using
+    if _in_transaction(using):
+        # All or none, also where the caller goes on after an error.
+        with transaction.atomic(using):
+            for _ in publish_in_batches(pairs):
+                pass
+        return events
+    published: Counter[str] = Counter()
     try:
         for batch in publish_in_batches(pairs):
-            published += len(batch)
+            published[batch[0].token] += len(batch)
     except Exception as error:
-        error.add_note(f"{published} of {len(pairs)} events had been published before.")
+        error.add_note(_how_many(published, events))
         raise
-    return [event for event, _ in pairs]
+    return events
+
+
+def _how_many(published: Counter[str], events: Sequence[Event]) -> str:
+    """Say how far a publisher of many came."""
+    text = f"{published.total()} of {len(events)} events had been published before"
+    if len({event.token for event in events}) > 1 and published:
+        shown = [f"the first {n} of {token!r}" for token, n in published.items()]
+        more = f" and {len(shown) - SHOWN} other tokens" if len(shown) > SHOWN else ""
+        text += f": {', '.join(shown[:SHOWN])}{more}"
+    return f"{text}."
 
 
 async def apublish_many(
@@ -120,9 +143,9 @@ async def apublish_posted(token: str, action: str, value: Any, event_class: type
     draft = Draft.of(event)
     history = get_history()
     if history.blocks or not is_process_local() or event_published.has_listeners(event_class):
-        await sync_to_async(_publish)([event], [draft])
+        await sync_to_async(_publish)([event], [draft], Way())
     elif is_durable(event_class):
-        _append([event], partial(history.append, token, [draft]))
+        _append([event], partial(history.append, token, [draft]), Way())
     else:
         _send(token, _of_live([draft]))
     return event
@@ -130,7 +153,7 @@ async def apublish_posted(token: str, action: str, value: Any, event_class: type
 
 def publish_event(event: Event) -> Event:
     """Publish an event that is checked."""
-    _publish([event], [Draft.of(event)])
+    _publish([event], [Draft.of(event)], Way())
     return event
 
 
@@ -140,12 +163,13 @@ def publish_in_batches(pairs: Iterable[Prepared]) -> Iterator[list[Event]]:
     All are of one class. Those of one token stay in their order.
     """
     by_token: dict[str, list[Prepared]] = defaultdict(list)
+    way = Way()
     for event, draft in pairs:
         by_token[event.token].append((event, draft))
     for of_token in by_token.values():
         for batch in _cut(of_token):
             events = [event for event, _ in batch]
-            _publish(events, [draft for _, draft in batch])
+            _publish(events, [draft for _, draft in batch], way)
             yield events
 
 
@@ -160,12 +184,12 @@ def _cut(pairs: Sequence[Prepared]) -> Iterator[Sequence[Prepared]]:
     yield pairs[start:]
 
 
-def _publish(events: Sequence[Event], drafts: Sequence[Draft]) -> None:
+def _publish(events: Sequence[Event], drafts: Sequence[Draft], way: Way) -> None:
     """Publish events of one class and token."""
     if is_durable(type(events[0])):
-        _publish_durable(events, drafts)
+        _publish_durable(events, drafts, way)
     else:
-        _publish_live(events, drafts)
+        _publish_live(events, drafts, way)
 
 
 def prepare(token: str, action: str, value: Any, event_class: type[Event]) -> Prepared:
@@ -188,25 +212,29 @@ def make_event(token: str, action: str, value: Any, event_class: type[Event]) ->
     return event_class(token, action, value)
 
 
-def _publish_durable(events: Sequence[Event], drafts: Sequence[Draft]) -> None:
+def _publish_durable(events: Sequence[Event], drafts: Sequence[Draft], way: Way) -> None:
     history = get_history()
     token = events[0].token
     if _in_transaction(history.using):
         append = history.stage(token, drafts)
-        _on_commit(partial(_append, events, append), history.using)
+        _on_commit(partial(_append, events, append, way), history.using)
     else:
-        _append(events, partial(history.append, token, drafts))
+        _append(events, partial(history.append, token, drafts), way)
 
 
-def _append(events: Sequence[Event], append: Callable[[], Sequence[Entry | None]]) -> None:
+def _append(
+    events: Sequence[Event], append: Callable[[], Sequence[Entry | None]], way: Way
+) -> None:
     entries = append()
     for event, entry in zip(events, entries, strict=True):
         if entry is not None:
             event._seq = entry.seq
     try:
-        # What was trimmed already has no entry.
-        frames = (entry.numbered for entry in entries if entry is not None)
-        _send(events[0].token, gather(frames, max_bytes=MESSAGE_BYTES, consecutive=True))
+        if way.failure is None:
+            # What was trimmed already has no entry.
+            frames = (entry.numbered for entry in entries if entry is not None)
+            batches = gather(frames, max_bytes=MESSAGE_BYTES, consecutive=True)
+            way.send(events[0].token, batches)
     except (Exception, asyncio.CancelledError):
         # Not lost: every hub finds it in the history at its next head check. And not
         # the caller's: its transaction has committed, though it may be cancelled.
@@ -233,10 +261,10 @@ def _tell(events: Sequence[Event]) -> None:
         _off_the_loop(partial(event_published.send_robust, sender, event=event))
 
 
-def _publish_live(events: Sequence[Event], drafts: Sequence[Draft]) -> None:
+def _publish_live(events: Sequence[Event], drafts: Sequence[Draft], way: Way) -> None:
     using = get_history().using
     token = events[0].token
-    send = partial(_send, token, list(_of_live(drafts)))
+    send = partial(way.send, token, list(_of_live(drafts)))
     if _in_transaction(using):
         _on_commit(partial(_send_and_tell, events, send), using)
         return
@@ -282,9 +310,29 @@ def _on_commit(work: Callable[[], object], using: str) -> None:
 async def _group_send(
     layer: BaseChannelLayer, group: str, messages: Iterable[dict[str, Any]]
 ) -> None:
-    for message in messages:
-        async with asyncio.timeout(SEND_SECONDS):
+    async with asyncio.timeout(SEND_SECONDS):
+        for message in messages:
             await layer.group_send(group, message)
+
+
+class Way:
+    """The way of a publisher's events to the hubs: it waits for a layer that hangs once."""
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+
+    def send(self, token: str, batches: Iterable[Batch]) -> None:
+        """Send frames to every process's hub, unless that has failed before.
+
+        :raises Exception: whatever kept it from that.
+        """
+        if self.failure is not None:
+            raise self.failure
+        try:
+            _send(token, batches)
+        except BaseException as error:
+            self.failure = error
+            raise
 
 
 def _send(token: str, batches: Iterable[Batch]) -> None:

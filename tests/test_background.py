@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from django_eventsource import background as module
-from django_eventsource.background import Background
+from django_eventsource.background import Background, in_forks
 from tests.processes import run_python
 
 
@@ -54,6 +54,19 @@ def test_one_loop_for_all(background: Background) -> None:
         thread.join()
     assert len(found) == 6
     assert set(found) == {(background._loop, "eventsource-background")}
+
+
+def test_a_fork_while_the_lock_is_held(background: Background) -> None:
+    """The thread that would let go of it is not there in the child."""
+    background._lock.acquire()
+    background.forked()
+    assert background.run(Layer(), where())  # type: ignore[arg-type]
+
+
+def test_where_processes_do_not_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to be called then."""
+    monkeypatch.delattr(os, "register_at_fork")
+    in_forks(lambda: None)
 
 
 def test_errors_are_the_callers(background: Background) -> None:

@@ -291,6 +291,42 @@ def test_middleware_around_the_connection(server: str) -> None:
     assert find_transport(middleware(middleware(send))) is transport
 
 
+def test_middleware_of_other_forms() -> None:
+    """A partial of a method that is given ``send``, and a method of what keeps it."""
+    transport = Transport()
+    send = functools.partial(reply, Request(Channel(transport)))
+
+    class Cors:
+        async def send(self, message: object, send: Any) -> None:
+            await send(message)
+
+    class Responder:
+        def __init__(self, send: Any) -> None:
+            self._send = send
+
+        async def respond(self, message: object) -> None:
+            await self._send(message)
+
+    given = functools.partial(Cors().send, send=send)
+    assert find_transport(given) is transport
+    assert daphne_request(given) is not None
+    assert find_transport(Responder(given).respond) is transport
+    assert find_transport(Responder(uvicorn_send(transport)).respond) is transport
+
+
+def test_middleware_with_an_empty_cell() -> None:
+    """What a function is not closed over yet hides nothing else."""
+    transport = Transport()
+    send = functools.partial(reply, Request(Channel(transport)))
+
+    async def wrapped(message: object) -> None:
+        await send(message)
+        await later(message)
+
+    assert find_transport(wrapped) is transport
+    later = send
+
+
 def test_middleware_that_goes_in_a_circle() -> None:
     """The search ends."""
 

@@ -24,6 +24,7 @@ from django_eventsource.layers import MESSAGE_TYPE
 from django_eventsource.subscribers import Subscriber
 from django_eventsource.tokens import group_name
 from tests.histories import add, draft
+from tests.processes import run_python
 from tests.singles import Single
 
 pytestmark = pytest.mark.usefixtures("memory_history")
@@ -190,6 +191,42 @@ def test_hubs_of_closed_loops_are_forgotten() -> None:
     loop.close()
     hub.deliver([{}])
     assert hub not in hubs()
+
+
+FORK = """
+import asyncio, os
+from django_eventsource import hub
+from django_eventsource.hub import get_hub, hubs
+
+async def start():
+    return get_hub()
+
+loop = asyncio.new_event_loop()
+parents = loop.run_until_complete(start())
+ready = len(loop._ready)
+child = os.fork()
+if not child:
+    for one in hubs():
+        one.deliver([{"type": "for nobody"}])
+    assert len(loop._ready) == ready, "nobody would ever take it"
+    own = asyncio.new_event_loop()
+    assert own.run_until_complete(start()) is not parents
+    os._exit(7)
+_, status = os.waitpid(child, 0)
+assert hubs() == [parents]
+loop.run_until_complete(asyncio.wait_for(asyncio.to_thread(int), 10))
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_fork_has_hubs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it publishes is not for loops that only its parent runs; the parent's go on."""
+    assert run_python(FORK).strip() == "7"
+    monkeypatch.setattr(module, "_hubs", {"a loop": "its hub"})
+    monkeypatch.setattr(module, "_parents", parents := [])
+    module._leave_to_parent()
+    assert hubs() == []
+    assert parents == [{"a loop": "its hub"}], "and nothing is closed"
 
 
 class SlowToName(FaultyLayer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from django_eventsource.history import Draft, Entry, get_history
 from django_eventsource.hub import get_hub
 from django_eventsource.layers import MESSAGE_TYPE
 from django_eventsource.models import PendingEvent, StoredEvent
+from django_eventsource.publishing import apublish_posted
 from django_eventsource.signals import event_published
 from django_eventsource.streams import EventStream
 from django_eventsource.tokens import group_name
@@ -39,8 +41,10 @@ class SharedLayer:
         self.sent: list[tuple[str, dict[str, Any]]] = []
         self.error: BaseException | None = None
         self.hang = False
+        self.tried = 0
 
     async def group_send(self, group: str, message: dict[str, Any]) -> None:
+        self.tried += 1
         if self.hang:
             await asyncio.Event().wait()
         if self.error is not None:
@@ -649,6 +653,132 @@ def test_a_failure_among_many(
         publish_many([("t", "ping", text) for text in "abcde"])
     assert caught.value.__notes__ == ["2 of 5 events had been published before."]
     assert [text for _, text in data(layer)] == ["a", "b"]
+
+
+def test_a_failure_among_many_tokens(
+    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are published token by token: the error says how far each came."""
+    monkeypatch.setattr(publishing, "BATCH_EVENTS", 2)
+    append = memory_history.append
+
+    def fail(token: str, drafts: Any) -> Any:
+        if token == "t7" and drafts[0].data == b"c":
+            raise ConnectionError("away")
+        return append(token, drafts)
+
+    monkeypatch.setattr(memory_history, "append", fail)
+    items = [(f"t{n}", "ping", text) for text in "abc" for n in range(9)]
+    with pytest.raises(ConnectionError, match="away") as caught:
+        publish_many(items)
+    assert caught.value.__notes__ == [
+        "23 of 27 events had been published before: the first 3 of 't0', the first 3 of 't1', "
+        "the first 3 of 't2', the first 3 of 't3', the first 3 of 't4' and 3 other tokens."
+    ]
+    with pytest.raises(ConnectionError) as caught:
+        publish_many([("t7", "ping", "c"), ("u", "ping", "a")])
+    assert caught.value.__notes__ == ["0 of 2 events had been published before."]
+
+
+@real_commits
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_failure_among_many_in_a_transaction(
+    layer: SharedLayer, monkeypatch: pytest.MonkeyPatch, goes_on: bool
+) -> None:
+    """None is published, whatever becomes of the transaction; and nothing else is said."""
+    monkeypatch.setattr(publishing, "BATCH_EVENTS", 2)
+    history = get_history()
+    stage = history.stage
+
+    def fail(token: str, drafts: Any) -> Any:
+        if drafts[0].data == b"c":
+            raise OSError("no space left")
+        return stage(token, drafts)
+
+    monkeypatch.setattr(history, "stage", fail)
+
+    def work() -> None:
+        with pytest.raises(OSError, match="no space") as caught:
+            publish_many([("t", "ping", text) for text in "abcde"])
+        assert not hasattr(caught.value, "__notes__")
+        publish("t", "ping", "after")
+        if not goes_on:
+            raise caught.value
+
+    with nullcontext() if goes_on else pytest.raises(OSError), transaction.atomic():
+        work()
+    assert stored("t") == (["after"] if goes_on else [])
+    assert [text for _, text in data(layer)] == (["after"] if goes_on else [])
+    assert not PendingEvent.objects.exists()
+
+
+@pytest.mark.parametrize("event_class", [None, StringEvent])
+def test_a_layer_that_hangs_is_waited_for_once(
+    layer: SharedLayer,
+    memory_history: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    event_class: type[Event] | None,
+) -> None:
+    """However many batches and tokens there are: it is the publisher who waits."""
+    layer.hang = True
+    monkeypatch.setattr(publishing, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr(publishing, "MESSAGE_BYTES", 100)
+    items = [(f"t{n}", "ping", "x" * 200) for n in range(5) for _ in range(5)]
+    if event_class is None:
+        publish_many(items)
+        assert len(texts(get_history().read("t4", get_history().oldest("t4")).entries)) == 5
+    else:
+        with pytest.raises(DeliveryFailed):
+            publish_many(items, event_class)
+    assert layer.tried == 1
+
+
+@real_commits
+@pytest.mark.parametrize("event_class", [None, StringEvent])
+def test_a_layer_that_hangs_is_waited_for_once_at_a_commit(
+    layer: SharedLayer, monkeypatch: pytest.MonkeyPatch, event_class: type[Event] | None
+) -> None:
+    """Each batch has a hook of its own."""
+    layer.hang = True
+    monkeypatch.setattr(publishing, "SEND_SECONDS", 0.05)
+    with transaction.atomic():
+        publish_many([(f"t{n}", "ping", "x") for n in range(5)], event_class)
+    assert layer.tried == 1
+
+
+@pytest.mark.usefixtures("memory_history")
+@pytest.mark.parametrize("event_class", [StringEvent, JSONIdEvent])
+async def test_a_post_takes_no_thread_where_nothing_blocks(
+    settings, monkeypatch: pytest.MonkeyPatch, event_class: type[Event]
+) -> None:
+    """What receivers do may block: with one, it does."""
+    settings.CHANNEL_LAYERS = {}
+    monkeypatch.setattr(publishing, "sync_to_async", None)
+    got: list[dict[str, Any]] = []
+    get_hub().deliver = got.extend  # type: ignore[method-assign]
+    event = await apublish_posted("t", "ping", "1", event_class)
+    assert [message["frames"] for message in got] == [[Draft.of(event).frame(event._seq)]]
+    assert (event._seq is None) is (event_class is StringEvent)
+    with pytest.raises(UnknownAction):
+        await apublish_posted("t", "pong", "1", event_class)
+
+
+@pytest.mark.usefixtures("memory_history")
+async def test_a_post_takes_a_thread_where_something_may_block(settings) -> None:
+    """Receivers of the signal run in it."""
+    settings.CHANNEL_LAYERS = {}
+    threads: list[int] = []
+
+    def receive(**kwargs: Any) -> None:
+        threads.append(threading.get_ident())
+
+    event_published.connect(receive)
+    try:
+        await apublish_posted("t", "ping", "1", JSONIdEvent)
+    finally:
+        event_published.disconnect(receive)
+    assert threads
+    assert threads != [threading.get_ident()]
 
 
 def test_many_live_only_events_that_failed(layer: SharedLayer, memory_history: Any) -> None:
