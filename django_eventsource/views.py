@@ -36,10 +36,11 @@ from .history import Draft, get_history
 from .listeners import Limit, Listener, registry
 from .policies import Policy, identify
 from .publishing import apublish_posted, make_event
-from .requests import Snapshot, address_of, keep_body, last_event_id, read_tokens, session_of
+from .requests import address_of, keep_body, last_event_id, read_tokens, session_of
 from .responses import HEADERS, EventStreamResponse, Slot
 from .shutdown import shutdown
 from .signals import stream_opened
+from .snapshots import Snapshot
 from .streams import EventStream, come_back_later
 from .tokens import check_token
 from .troubles import Troubles
@@ -126,10 +127,13 @@ class EventSourceView(View):
             return text_response(
                 413, f"An event's value may have at most {conf.max_event_bytes} bytes."
             )
+        snapshot: Snapshot | None = None
         try:
             if sends:
                 allowed = await policy.can_send(request, tokens[0], action)
             else:
+                if isinstance(request, ASGIRequest):
+                    snapshot = await Snapshot.of(request)
                 allowed = await may_listen(policy, request, tokens)
             if not allowed:
                 await refuse(request)
@@ -148,7 +152,7 @@ class EventSourceView(View):
             return later()
         if sends:
             return await self.post(request, action, tokens[0])
-        return await self.get(request, tokens, policy)
+        return await self.get(request, tokens, policy, snapshot)
 
     # Hooks
 
@@ -174,16 +178,20 @@ class EventSourceView(View):
     # Listening
 
     async def get(
-        self, request: HttpRequest, tokens: list[str], policy: Policy
+        self,
+        request: HttpRequest,
+        tokens: list[str],
+        policy: Policy,
+        snapshot: Snapshot | None = None,
     ) -> HttpResponseBase:
         """Open a stream; for HEAD give its headers only."""
-        if not isinstance(request, ASGIRequest):
+        if not isinstance(request, ASGIRequest) or snapshot is None:
             return text_response(500, WSGI_PAGE)
         if request.method == "HEAD":
             return HttpResponse(headers=HEADERS)
         watch = get_watch()
         try:
-            listener = await self.listener(request, tokens, policy)
+            listener = await self.listener(request, tokens, policy, snapshot)
         except failures() as error:
             troubles.tell("Who listens to %r cannot be told.", tokens, error)
             return later()
@@ -232,7 +240,9 @@ class EventSourceView(View):
         request.META["HTTP_ACCEPT_ENCODING"] = "identity"
         return EventStreamResponse(stream, request.scope.get(Slot.KEY))
 
-    async def listener(self, request: ASGIRequest, tokens: list[str], policy: Policy) -> Listener:
+    async def listener(
+        self, request: ASGIRequest, tokens: list[str], policy: Policy, snapshot: Snapshot
+    ) -> Listener:
         """Say who is to listen."""
         listener = Listener(
             tokens=tuple(tokens),
@@ -242,12 +252,12 @@ class EventSourceView(View):
             exclusive=self.exclusive,
             sender=type(self),
         )
-
-        snapshot = Snapshot(request)
+        snapshot.remember(request)
 
         async def recheck() -> bool:
             try:
-                return await may_listen(policy, snapshot.restore(listener.opened), tokens)
+                request = await snapshot.restore(listener.opened)
+                return await may_listen(policy, request, tokens)
             except (NotAuthenticated, PermissionDenied):
                 return False
 

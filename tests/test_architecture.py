@@ -47,7 +47,7 @@ LAYERS = [
     ["watch", "asgi"],
     ["__init__"],
     # 4
-    ["requests"],
+    ["requests", "snapshots"],
     ["views", "checks", "admin", "templatetags.eventsource"],
     ["urls", "apps", "endpoints"],
     ["management.commands.create_grant", "management.commands.prune_events"],

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import gc
-import time
-import weakref
-from functools import partial
 from typing import Any
 
 import pytest
-from asgiref.sync import async_to_sync
-from django.contrib.auth.middleware import AuthenticationMiddleware
-from django.contrib.auth.models import AnonymousUser, User
 from django.contrib.sessions.backends.db import SessionStore
-from django.http import HttpRequest, RawPostDataException
-from django.test import AsyncRequestFactory, RequestFactory
+from django.http import RawPostDataException
+from django.test import RequestFactory
 
 from django_eventsource.cursors import join_cursor, max_length, short_key
 from django_eventsource.exceptions import InvalidToken
 from django_eventsource.listeners import hide_session
-from django_eventsource.policies import OPENED, session_user
 from django_eventsource.requests import (
     NO_CURSOR,
-    Snapshot,
     address_of,
     keep_body,
     last_event_id,
     read_tokens,
     session_of,
 )
-from django_eventsource.responses import Slot
 
 factory = RequestFactory()
 
@@ -164,135 +154,3 @@ def test_session() -> None:
     assert session_of(request) == ""
     request.session = SessionStore("a-session-key")
     assert session_of(request) == hide_session("a-session-key")
-
-
-# Later
-
-
-def logged_in(user: User, path: str = "/") -> Any:
-    """A request as the middleware makes it."""
-    request: Any = AsyncRequestFactory().get(path)
-    request.session = SessionStore()
-    request.session["_auth_user_id"] = str(user.pk)
-    request.session["_auth_user_backend"] = "django.contrib.auth.backends.ModelBackend"
-    request.session["_auth_user_hash"] = user.get_session_auth_hash()
-    request.session.save()
-    AuthenticationMiddleware(lambda request: None).process_request(request)  # type: ignore[arg-type]
-    return request
-
-
-def user_of(request: HttpRequest) -> Any:
-    return async_to_sync(session_user)(request)
-
-
-@pytest.mark.django_db
-def test_the_user_of_later() -> None:
-    """Who is no longer active, or has logged out, is seen as that."""
-    user = User.objects.create_user("ada")
-    request = logged_in(user)
-    assert user_of(request) == user
-    assert request.user == user
-    snapshot = Snapshot(request)
-    User.objects.update(first_name="Ada")
-    opened = time.time() - 100
-    restored: Any = snapshot.restore(opened)
-    assert getattr(restored, OPENED) == opened
-    assert user_of(restored).first_name == restored.user.first_name == "Ada"
-    User.objects.update(is_active=False)
-    assert user_of(restored) == user, "it is not asked for at every look"
-    assert user_of(snapshot.restore(opened)) is None
-    User.objects.update(is_active=True)
-    assert user_of(snapshot.restore(opened)) == user
-    request.session.delete()
-    restored = snapshot.restore(opened)
-    assert user_of(restored) is None
-    assert restored.user == AnonymousUser()
-
-
-@pytest.mark.django_db
-def test_a_request_without_users() -> None:
-    """Without the middleware there is nobody to look up."""
-    request: Any = AsyncRequestFactory().get("/")
-    restored: Any = Snapshot(request).restore(5.0)
-    assert getattr(restored, OPENED) == 5.0
-    assert not hasattr(restored, "user")
-    assert not hasattr(restored, "session")
-    request.session = SessionStore("a-session-key")
-    restored = Snapshot(request).restore(6.0)
-    assert not hasattr(restored, "user")
-    assert restored.session is not request.session
-    assert restored.session.session_key == "a-session-key"
-
-
-def test_a_session_that_is_empty() -> None:
-    """It is one all the same, though newer Djangos hold it for false."""
-    request: Any = AsyncRequestFactory().get("/")
-    request.session = SessionStore()
-    restored: Any = Snapshot(request).restore(5.0)
-    assert type(restored.session) is SessionStore
-    assert restored.session.session_key is None
-
-
-@pytest.mark.django_db
-def test_a_user_whom_other_middleware_brought() -> None:
-    """Who came with a header, and not with the session, is not forgotten."""
-    user = User.objects.create_user("ada")
-    request: Any = AsyncRequestFactory().get("/")
-    request.session = SessionStore()
-    AuthenticationMiddleware(lambda request: None).process_request(request)  # type: ignore[arg-type]
-
-    async def auser(request: HttpRequest) -> User:
-        return user
-
-    request.user = user
-    request.auser = partial(auser, request)
-    assert user_of(Snapshot(request).restore(time.time())) == user
-
-
-def test_the_request_of_later() -> None:
-    """It has what the server said, and what middleware made of it."""
-    request: Any = AsyncRequestFactory().get(
-        "/events/poll/t?token=u&grant=g",
-        headers={"Authorization": "Bearer x", "Accept-Encoding": "gzip"},
-    )
-    request.META["REMOTE_ADDR"] = "192.0.2.1"
-    request.META["HTTP_ACCEPT_ENCODING"] = "identity"
-    request.tenant = "north"
-    request.path_info = "/poll/t"
-    request.urlconf = "django_eventsource.urls"
-    assert request.GET["grant"] == "g"
-    restored: Any = Snapshot(request).restore(1.0)
-    assert restored is not request
-    assert restored.headers["Authorization"] == "Bearer x"
-    assert restored.GET.getlist("token") == ["u"]
-    assert restored.get_full_path() == request.get_full_path()
-    assert address_of(restored) == "192.0.2.1"
-    assert (restored.tenant, restored.path_info) == ("north", "/poll/t")
-    assert restored.resolver_match.kwargs == {"action": "poll", "token": "t"}
-    assert restored.META["HTTP_ACCEPT_ENCODING"] == "gzip"
-
-
-def test_a_path_that_no_url_has() -> None:
-    """As where a view is called by hand."""
-    restored = Snapshot(AsyncRequestFactory().get("/nowhere")).restore(1.0)
-    assert restored.resolver_match is None
-
-
-def test_a_snapshot_keeps_little() -> None:
-    """Neither the request, nor what Django made of it, nor the stream that it led to."""
-    request: Any = AsyncRequestFactory().get("/?a=b")
-    server: dict[str, Any] = request.scope
-    slot = Slot(server)
-    request.scope = {**server, Slot.KEY: slot}
-    request.session = SessionStore("a-session-key")
-    AuthenticationMiddleware(lambda request: None).process_request(request)  # type: ignore[arg-type]
-    request.META["CSRF_COOKIE"] = "secret"
-    assert request.GET
-    assert not request.headers.get("x")
-    snapshot = Snapshot(request)
-    assert snapshot._scope is server
-    assert (snapshot._attributes, snapshot._meta) == (None, None)
-    gone = weakref.ref(request)
-    del request
-    gc.collect()
-    assert gone() is None
