@@ -11,6 +11,10 @@ from benchmarks.contenders import Contender, Running
 
 Result = dict[str, Any]
 
+CPU = "cpu_us_per_delivery"
+INSTRUCTIONS = "instructions_per_delivery"
+"""What the processor counted, with the kernel's; ``None`` on machines that do not count."""
+
 PACED = {"listeners": 1000, "events": 60, "rate": 20}
 FLOOD = {"listeners": 500, "events": 500, "publishers": 8}
 GROWTH = (100, 300, 1000, 3000)
@@ -53,9 +57,17 @@ def side_by_side(
     return results
 
 
-def median(results: Sequence[Result], *names: str) -> float:
-    """Give the median of a figure, perhaps one that is nested."""
-    return statistics.median(_figure(result, names) for result in results)
+def median(results: Sequence[Result], *names: str) -> float | None:
+    """Give the median of a figure, perhaps one that is nested; ``None`` if there is none."""
+    figures = [_figure(result, names) for result in results]
+    known = [figure for figure in figures if figure is not None]
+    return statistics.median(known) if known else None
+
+
+def between(some: Sequence[Result], others: Sequence[Result], *names: str) -> float | None:
+    """Give the ratio of two medians."""
+    one, other = median(some, *names), median(others, *names)
+    return None if one is None or other is None else one / other
 
 
 def ratio(
@@ -65,14 +77,19 @@ def ratio(
     if one.name not in results or other.name not in results:
         return None
     pairs = zip(results[one.name], results[other.name], strict=True)
-    return statistics.median(_figure(a, names) / _figure(b, names) for a, b in pairs)
+    ratios = []
+    for a, b in pairs:
+        mine, others = _figure(a, names), _figure(b, names)
+        if mine is not None and others:
+            ratios.append(mine / others)
+    return statistics.median(ratios) if ratios else None
 
 
-def _figure(result: Result, names: Sequence[str]) -> float:
+def _figure(result: Result, names: Sequence[str]) -> float | None:
     value: Any = result
     for name in names:
         value = value[name]
-    return float(value)
+    return None if value is None else float(value)
 
 
 def growth(some: Sequence[Contender], rounds: int) -> dict[str, dict[int, list[Result]]]:

@@ -30,6 +30,9 @@
  *   - The server's CPU time is that of its processes' own clocks, which count threads that have
  *     ended and are exact to the scheduler's tick. Where these cannot be read it is utime + stime
  *     of /proc/PID/stat, in hundredths of a second; `cpu_clock` says which.
+ *   - The server's instructions, those of the kernel for it included, are what the processor
+ *     has counted in all threads of its processes. Unlike time they do not depend on what else
+ *     the machine does. Where the kernel or the machine does not count them, they are null.
  *   - CPU time that this program takes is missing to a server on the same cores:
  *     `own_cpu_seconds` says how much that was in the load.
  *
@@ -52,9 +55,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <linux/perf_event.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -462,6 +467,71 @@ static double cpu_seconds(void)
     return options.pid_count > 0 ? sum : NAN;
 }
 
+enum { MAX_COUNTERS = 4096 };
+static int counters[MAX_COUNTERS];
+static int counter_count;
+
+/* Count the instructions of a thread, and of the threads and processes that it will start. */
+static int count_instructions_of(pid_t tid)
+{
+#ifdef NO_INSTRUCTIONS
+    tid = -2; /* no thread: as on a machine that does not count */
+#endif
+    struct perf_event_attr attr = {
+        .type = PERF_TYPE_HARDWARE,
+        .size = sizeof attr,
+        .config = PERF_COUNT_HW_INSTRUCTIONS,
+        .inherit = 1,
+        .exclude_hv = 1,
+    };
+    return (int)syscall(SYS_perf_event_open, &attr, tid, -1, -1, PERF_FLAG_FD_CLOEXEC);
+}
+
+static void close_counters(void)
+{
+    while (counter_count > 0)
+        close(counters[--counter_count]);
+}
+
+/* Begin to count instructions in all threads; or in none, where one cannot be counted. */
+static void open_counters(void)
+{
+    for (int i = 0; i < options.pid_count; i++) {
+        char path[64];
+        snprintf(path, sizeof path, "/proc/%d/task", (int)options.pids[i]);
+        DIR *threads = opendir(path);
+        struct dirent *entry;
+        while (threads != NULL && (entry = readdir(threads)) != NULL) {
+            if (!isdigit((unsigned char)entry->d_name[0]))
+                continue;
+            int fd = counter_count < MAX_COUNTERS
+                         ? count_instructions_of((pid_t)atoi(entry->d_name))
+                         : -1;
+            if (fd < 0 && errno == ESRCH && counter_count < MAX_COUNTERS)
+                continue; /* it has ended */
+            if (fd < 0) {
+                closedir(threads);
+                close_counters();
+                return;
+            }
+            counters[counter_count++] = fd;
+        }
+        if (threads != NULL)
+            closedir(threads);
+    }
+}
+
+/* Give the instructions since the counters were opened. */
+static double instructions(void)
+{
+    double sum = counter_count > 0 ? 0 : NAN;
+    for (int i = 0; i < counter_count; i++) {
+        uint64_t count;
+        sum += read(counters[i], &count, sizeof count) == sizeof count ? (double)count : NAN;
+    }
+    return sum;
+}
+
 /* Give the number after a name at the beginning of a line of a file of /proc. */
 static double proc_field(pid_t pid, const char *name, const char *field)
 {
@@ -598,7 +668,7 @@ static struct {
     uint64_t delivered, bytes;
     double began, cpu_began, own_cpu_began, late; /* of the load */
     double last_delivery, last_answer;
-    double cpu, own_cpu, seconds;
+    double cpu, own_cpu, seconds, instructions, open_instructions;
     bool counting, timed_out;
     long statuses[1000], publish_statuses[1000];
     struct samples latency, publish_latency;
@@ -1135,6 +1205,7 @@ static void rest(double seconds)
 
 static void begin_load(void)
 {
+    open_counters();
     result.cpu_began = cpu_seconds();
     result.own_cpu_began = seconds_of(CLOCK_PROCESS_CPUTIME_ID);
     result.began = result.last_delivery = result.last_answer = now();
@@ -1143,6 +1214,8 @@ static void begin_load(void)
 static void end_load(void)
 {
     result.cpu = cpu_seconds() - result.cpu_began;
+    result.instructions = instructions();
+    close_counters();
     result.own_cpu = seconds_of(CLOCK_PROCESS_CPUTIME_ID) - result.own_cpu_began;
     double last = result.delivered > 0 ? result.last_delivery : result.last_answer;
     result.seconds = last - result.began;
@@ -1151,6 +1224,7 @@ static void end_load(void)
 
 static void open_streams(void)
 {
+    open_counters();
     double began = now(), cpu_began = cpu_seconds();
     for (long next = 0; (next < options.listeners || result.being_opened > 0) && !out_of_time();) {
         while (next < options.listeners && result.being_opened < options.at_once) {
@@ -1163,6 +1237,8 @@ static void open_streams(void)
     }
     result.open_seconds = now() - began;
     result.open_cpu = cpu_seconds() - cpu_began;
+    result.open_instructions = instructions();
+    close_counters();
 }
 
 static double earliest_retry(void)
@@ -1371,6 +1447,7 @@ static void report_opening(void)
     print_whole("first_bad_status", bad > 0 ? bad : NAN);
     print_number("open_seconds", result.open_seconds);
     print_number("open_cpu_us", result.open_cpu * 1e6 / (double)result.opened);
+    print_number("open_instructions", result.open_instructions / (double)result.opened);
 }
 
 static void report_footprint(void)
@@ -1428,6 +1505,7 @@ static void report_costs(void)
     print_number("seconds", result.seconds);
     print_number("deliveries_per_second", (double)result.delivered / result.seconds);
     print_number("cpu_us_per_delivery", result.cpu * 1e6 / (double)result.delivered);
+    print_number("instructions_per_delivery", result.instructions / (double)result.delivered);
     print_number("cpu_us_per_publish", result.cpu * 1e6 / (double)result.published);
     print_number("own_cpu_seconds", result.own_cpu);
     print_flag("timed_out", result.timed_out);

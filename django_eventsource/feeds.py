@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from itertools import count
 
 from .batches import Batch, gather, merge
 from .history import Slice
@@ -241,10 +240,10 @@ class Feed:
         if self._early and self.last is not None:
             self._early = {seq: held for seq, held in self._early.items() if seq > self.last}
             run = []
-            for seq in count(self.last + 1):
-                if seq not in self._early:
-                    break
+            seq = self.last + 1
+            while seq in self._early:
                 run.append((seq, *self._early.pop(seq)))
+                seq += 1
             for batch in gather(run, max_bytes=MAX_HELD_BYTES):
                 self._pass(batch)
             self._early_size = sum(len(frame) for frame, _ in self._early.values())

@@ -17,6 +17,7 @@ from django.db.models import Model
 from django.http import HttpRequest
 from django.urls import Resolver404, resolve
 from django.utils import translation
+from django.utils.functional import LazyObject
 
 from .policies import OPENED, USER
 from .responses import Slot
@@ -33,6 +34,8 @@ DERIVED = frozenset(
 LEFT_OUT = frozenset({"HTTP_ACCEPT_ENCODING", "CSRF_COOKIE"})
 """Of ``META``: what the view itself changes, and a secret that nobody needs twice."""
 
+UNKNOWN = object()
+
 
 class Snapshot:
     """What is kept of a request, as middleware has left it: taken before a policy sees it.
@@ -44,17 +47,20 @@ class Snapshot:
 
     __slots__ = (
         "_attributes",
+        "_auser",
         "_basic",
-        "_brought",
         "_djangos",
         "_kind",
         "_meta",
         "_removed",
         "_scope",
         "_session",
+        "_user",
     )
 
-    def __init__(self, request: ASGIRequest, brought: Brought | None) -> None:
+    def __init__(
+        self, request: ASGIRequest, user: Brought | None = None, auser: Brought | None = None
+    ) -> None:
         slot = request.scope.get(Slot.KEY)
         self._scope: Mapping[str, Any] = request.scope if slot is None else slot.scope
         self._kind = type(request)
@@ -69,7 +75,7 @@ class Snapshot:
         if self._session is None and "session" in attributes:
             kept["session"] = attributes["session"]
         self._djangos = hasattr(request, "auser")
-        self._brought = brought
+        self._user, self._auser = user, auser
         self._attributes = kept or None
         self._meta = _changed(meta, request.META, LEFT_OUT) or None
         self._removed = tuple(name for name in meta if name not in request.META)
@@ -77,7 +83,15 @@ class Snapshot:
     @classmethod
     async def of(cls, request: ASGIRequest) -> Snapshot:
         """Take one."""
-        return cls(request, await _brought_by(request))
+        user = auser = None
+        known = vars(request).get("user", UNKNOWN)
+        # Django's own is a lazy object, which must not be asked here what it is.
+        if known is not UNKNOWN and not issubclass(type(known), LazyObject):
+            user = _brought(request, known)
+        asked: Any = getattr(request, "auser", None)
+        if asked is not None and getattr(asked, "func", None) is not middleware_auser:
+            auser = _brought(request, await asked())
+        return cls(request, user, auser)
 
     def remember(self, request: HttpRequest) -> None:
         """Keep who has given a password, which is not asked for again."""
@@ -107,53 +121,16 @@ class Snapshot:
             request.session = kind(key if isinstance(key, str) else key.session_key)
         if self._djangos:
             AuthenticationMiddleware(lambda request: None).process_request(request)  # type: ignore[arg-type]
-        if self._brought is not None:
-            await self._brought.bring(request)
-        return request  # type: ignore[no-any-return]
+        if self._user is not None:
+            request.user = await self._user.again()
+        if self._auser is not None:
+            user = await self._auser.again()
 
+            async def auser() -> Any:
+                return user
 
-@dataclass(slots=True)
-class Brought:
-    """A user whom other middleware than Django's has brought."""
-
-    kind: Any
-    """The model of one that is in a table."""
-    user: Any
-    """Its primary key there; else itself."""
-    awaited: bool
-    """Is it what ``request.auser()`` gives, too?"""
-
-    async def bring(self, request: Any) -> None:
-        """Bring it again, as it is now."""
-        user = self.user
-        if self.kind is not None:
-            user = await self.kind._default_manager.filter(pk=user).afirst()
-            if user is None or not getattr(user, "is_active", True):
-                user = AnonymousUser()
-
-        async def auser() -> Any:
-            return user
-
-        request.user = user
-        if self.awaited:
             request.auser = auser
-
-
-async def _brought_by(request: HttpRequest) -> Brought | None:
-    auser = getattr(request, "auser", None)
-    if auser is None or getattr(auser, "func", None) is middleware_auser:
-        # Django's own is a lazy object, which must not be asked here what it is.
-        user = vars(request).get("user")
-        return _found_again(user, awaited=False) if issubclass(type(user), Model) else None
-    if SESSION_KEY in getattr(getattr(request, "session", None), "_session_cache", ()):
-        return None  # who has logged in during this request is the session's
-    return _found_again(await auser(), awaited=True)
-
-
-def _found_again(user: Any, *, awaited: bool) -> Brought:
-    if isinstance(user, Model) and user.pk is not None:
-        return Brought(user.__class__, user.pk, awaited)
-    return Brought(None, user, awaited)
+        return request  # type: ignore[no-any-return]
 
 
 def _changed(
@@ -173,3 +150,28 @@ def _session_of(request: HttpRequest) -> tuple[Any, Any] | None:
         return None
     key = session.session_key
     return session.__class__, session if key is None else key
+
+
+@dataclass(slots=True)
+class Brought:
+    """A user whom other middleware than Django's has brought."""
+
+    kind: Any
+    """The model of one that is in a table."""
+    user: Any
+    """Its primary key there; else itself."""
+
+    async def again(self) -> Any:
+        """Give it as it is now."""
+        if self.kind is None:
+            return self.user
+        user = await self.kind._default_manager.filter(pk=self.user).afirst()
+        return user if user is not None and getattr(user, "is_active", True) else AnonymousUser()
+
+
+def _brought(request: HttpRequest, user: Any) -> Brought | None:
+    """Take note of a user, unless it has logged in during this request: the session has it."""
+    session = getattr(getattr(request, "session", None), "_session_cache", {})
+    if not isinstance(user, Model) or user.pk is None:
+        return Brought(None, user)
+    return None if session.get(SESSION_KEY) == str(user.pk) else Brought(user.__class__, user.pk)

@@ -961,6 +961,10 @@ async def test_cpu_and_memory(
     assert result["cpu_us_per_publish"] == pytest.approx(measured / 10 * 1e6, rel=0.01)
     assert 0 <= result["open_cpu_us"] <= cpu / 20 * 1e6 + 1000
     assert result["own_cpu_seconds"] > 0
+    if result["instructions_per_delivery"] is not None:  # not every machine counts them
+        instructions = result["instructions_per_delivery"] * result["delivered"]
+        assert 0.02 < instructions / (measured * 1e9) < 20, "in each nanosecond"
+        assert result["open_instructions"] > 10_000
     for name in ("rss_before_kib", "rss_after_kib", "pss_before_kib", "pss_after_kib"):
         assert result[name] > 1000
     growth = result["rss_after_kib"] - result["rss_before_kib"]
@@ -976,7 +980,9 @@ async def test_nothing_is_measured_without_a_process(program: Path) -> None:
         result = await run(site, listen="/t", publish="/t")
     for name in (
         "open_cpu_us",
+        "open_instructions",
         "cpu_us_per_delivery",
+        "instructions_per_delivery",
         "cpu_us_per_publish",
         "cpu_clock",
         "rss_before_kib",
@@ -990,6 +996,19 @@ async def test_nothing_is_measured_without_a_process(program: Path) -> None:
         "fds",
     ):
         assert result[name] is None
+
+
+async def test_a_machine_that_does_not_count_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then there is no figure; the others are there."""
+    program = load.compile_to(tmp_path / "sseload", "-DNO_INSTRUCTIONS")
+    monkeypatch.setattr(load, "build", lambda: program)
+    async with site_of(STYLES["whole"]) as site:
+        result = await run(site, listen="/t", publish="/t", pid=os.getpid())
+    assert result["instructions_per_delivery"] is None
+    assert result["open_instructions"] is None
+    assert result["cpu_us_per_delivery"] >= 0
 
 
 async def test_a_process_that_goes_away(program: Path) -> None:

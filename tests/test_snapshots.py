@@ -300,7 +300,7 @@ async def test_a_user_whom_other_middleware_brought(how: str) -> None:
     assert await may_listen(await snapshot.restore(1.0), how)
     await User.objects.aupdate(is_active=False)
     restored: Any = await snapshot.restore(1.0)
-    assert restored.user == AnonymousUser()
+    assert (restored.user if how == "user" else await restored.auser()) == AnonymousUser()
     await user.adelete()
     assert not await may_listen(await snapshot.restore(1.0), how)
     assert (await session_user(restored)) is None
@@ -345,3 +345,19 @@ async def test_who_logs_in_with_this_request(how: Callable[..., Any]) -> None:
     await request.session.adelete()
     restored: Any = await snapshot.restore(1.0)
     assert await restored.auser() == AnonymousUser()
+    assert await sync_to_async(lambda: restored.user.is_authenticated)() is False
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("how", ["user", "both"])
+async def test_a_user_in_place_of_the_sessions(how: str) -> None:
+    """As where somebody who may looks at a site with another one's eyes."""
+    admin = await User.objects.acreate(username="admin")
+    ada = await User.objects.acreate(username="ada")
+    request = made()
+    await alogin(request, admin, backend="django.contrib.auth.backends.ModelBackend")
+    await request.session.asave()
+    bring(request, ada, how)
+    restored: Any = await (await Snapshot.of(request)).restore(1.0)
+    assert restored.user == ada
+    assert await restored.auser() == (admin if how == "user" else ada)
