@@ -99,6 +99,19 @@ def test_ratios_are_of_one_round_each() -> None:
     assert measure.median(ours, "x", "y") == 4
 
 
+def test_figures_that_a_machine_does_not_give() -> None:
+    """Those of the rounds that have them count; without any there is no figure."""
+    one = [{"instructions_per_delivery": value} for value in (10, None, 30)]
+    none = [{"instructions_per_delivery": None}] * 3
+    name = measure.INSTRUCTIONS
+    assert measure.median(one, name) == 20
+    assert measure.median(none, name) is None
+    assert measure.between(one, one, name) == 1
+    assert measure.between(one, none, name) is None
+    both = {contenders.BARE.name: one, contenders.HANDED_OVER.name: none}
+    assert measure.ratio(both, contenders.HANDED_OVER, contenders.BARE, name) is None
+
+
 @pytest.mark.slow
 def test_a_contender_runs_and_ends() -> None:
     """On a port of its own, and no process is left."""
