@@ -61,6 +61,11 @@ def tokens(rounds: int) -> dict[int, Any]:
     return measure.tokens(who.HANDED_OVER)
 
 
+def broker(rounds: int) -> dict[int, float]:
+    """Count what a publish asks of Redis."""
+    return measure.broker(who.HANDED_OVER)
+
+
 def histories(rounds: int) -> dict[str, Any]:
     """Measure what each history takes."""
     found = {}
@@ -78,6 +83,7 @@ SECTIONS: dict[str, Callable[[int], Any]] = {
     "opening": measure.opening,
     "growth": growth,
     "tokens": tokens,
+    "broker": broker,
     "histories": histories,
 }
 
@@ -128,6 +134,10 @@ def goals(found: dict[str, Any]) -> str:
             1.2,
         ),
     ]
+    one, many = found["broker"].values()
+    rows.append(
+        ("round trips to Redis of a publish, 3,000 listeners against 1", (many / one, None), 1.0)
+    )
     return table(
         ("Ratio", "Measured", "in instructions", "Goal"),
         [

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
+
+from redis import Redis
 
 from benchmarks import contenders, load
 from benchmarks.contenders import Contender, Running
+from benchmarks.stores import valkey
 
 Result = dict[str, Any]
 
@@ -139,3 +144,37 @@ def opening(rounds: int) -> dict[str, list[Result]]:
             found.setdefault(contender.name, []).append(result)
             print(f"  {contender.name}: {result['open_cpu_us']:.0f} us", flush=True)
     return found
+
+
+def broker(contender: Contender) -> dict[int, float]:
+    """Count what a publish asks of Redis: scripts that append, and messages; by listeners."""
+    found = {}
+    with tempfile.TemporaryDirectory() as directory, valkey(directory) as url:
+        redis = {"BENCH_HISTORY": "redis", "BENCH_LAYER": "redis", "BENCH_REDIS": url}
+        for listeners in (1, GROWTH[-1]):
+            asked = []
+            with contenders.run(contender, **redis) as running:
+                # The same time with one event: what is asked anyway is in both.
+                for events, stay in ((1, 6.0), (31, 0.0)):
+                    before = _asked(url)
+                    load.run(
+                        port=running.port,
+                        listen=contender.listen,
+                        publish=contender.publish,
+                        listeners=listeners,
+                        events=events,
+                        rate=5,
+                        stay=stay,
+                        timeout=120,
+                    )
+                    asked.append(_asked(url) - before)
+            found[listeners] = (asked[1] - asked[0]) / 30
+            print(f"  {listeners} listeners: {found[listeners]:.2f} a publish", flush=True)
+    return found
+
+
+def _asked(url: str) -> int:
+    """Give how many events were appended, each by a script, and how many messages were sent."""
+    with closing(Redis.from_url(url)) as client:
+        stats: Any = client.info("commandstats")
+    return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("xadd", "publish"))
