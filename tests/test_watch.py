@@ -327,8 +327,9 @@ async def test_a_policy_that_hangs(settings, monkeypatch: pytest.MonkeyPatch) ->
     """One policy that never answers does not keep the others from being looked after."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
     hanging = await open_stream("hanging")
+    asked = Moody.asked.count("hanging")
     Moody.answers["hanging"] = lambda: asyncio.Event().wait()
-    await until(lambda: Moody.asked.count("hanging") == 2)
+    await until(lambda: Moody.asked.count("hanging") > asked)
     settings.EVENTSOURCE_STREAM_MAX_AGE_SECONDS = 0.1
     other = await open_stream("other")
     await until(lambda: other.reason)
@@ -669,7 +670,7 @@ async def test_words_that_were_missed(settings) -> None:
     add(get_history(), "{}", "{}", "{}", token=CONTROL_TOKEN)
     await read_to_end(lost)
     assert lost.reason is Reason.REFUSED
-    await until(lambda: Moody.asked.count("kept") == 2)
+    await until(lambda: Moody.asked.count("kept") >= 2)
     assert kept.reason is None
     await kept.aclose()
 
