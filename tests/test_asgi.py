@@ -505,6 +505,24 @@ async def test_an_error_of_the_server_passes() -> None:
     assert registry.count("t") == 0
 
 
+async def test_a_server_that_takes_no_producer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Twisted's does that has one already: the stream is not counted for ever."""
+    stream = stream_of()
+    closed: list[EventStream] = []
+    stream.on_close = closed.append
+
+    def fail(send: Any) -> None:
+        raise RuntimeError("a producer is registered already")
+
+    monkeypatch.setattr("django_eventsource.asgi.hold_back", fail)
+    before = asyncio.all_tasks()
+    with pytest.raises(RuntimeError, match="registered already"):
+        await serve(stream, Exchange().receive, Exchange().send)
+    assert closed == [stream]
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before, "nobody listens for its end any more"
+
+
 async def test_a_server_whose_receive_fails(caplog: pytest.LogCaptureFixture) -> None:
     """The stream goes on without; the error is not left to the garbage collector."""
     unhandled: list[Any] = []
