@@ -1,7 +1,7 @@
 """``python -m benchmarks``: measure everything, and write ``docs/performance.rst``.
 
-It takes a quarter of an hour, and wants the machine for itself. ``--rounds`` says how often
-each comparison is made; what is written are medians, and ratios are of one round each.
+Two rounds take a quarter of an hour, and want the machine for themselves. ``--rounds`` says
+how often each comparison is made; what is written are medians, and ratios are of one round each.
 ``--only`` names sections, and writes nothing.
 """
 

@@ -87,6 +87,7 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
     release, stream.on_close = stream.on_close, None
     listening = asyncio.ensure_future(_until_gone(stream, receive))
     producer: Producer | None = None
+    transport = None
     try:
         producer = hold_back(send)
         transport = find_transport(send)
@@ -103,7 +104,7 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
             raise  # the server ends it
         task.uncancel()
         if stream.reason is not Reason.LEFT:
-            cut(find_transport(send))
+            cut(transport)
             # The server must see it, or it complains of a response that is not whole.
             await asyncio.sleep(0)
             await asyncio.sleep(0)

@@ -89,7 +89,8 @@ def publish_many(items: Iterable[Item], event_class: type[Event] | None = None) 
     :raises ValueError: when an item is not acceptable; then nothing was published, and a
         note on the error says which one it was.
     :raises DeliveryFailed: when live-only events did not reach the channel layer. As with
-        an error of the history, a note says how many events had been published before.
+        an error of the history, a note says how many events had been published before;
+        inside a transaction none are.
     """
     event_class = conf.event_class if event_class is None else check_event_class(event_class)
     pairs = []

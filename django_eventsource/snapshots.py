@@ -31,8 +31,8 @@ DERIVED = frozenset(
     | {"csrf_processing_done", "csrf_cookie_needs_update"}
 )
 """What a request has that is made again from the rest, or is of no use to a policy."""
-LEFT_OUT = frozenset({"HTTP_ACCEPT_ENCODING", "CSRF_COOKIE"})
-"""Of ``META``: what the view itself changes, and a secret that nobody needs twice."""
+LEFT_OUT = frozenset({"CSRF_COOKIE"})
+"""Of ``META``: a secret that nobody needs twice."""
 
 UNKNOWN = object()
 
@@ -118,7 +118,7 @@ class Snapshot:
         if self._session is not None:
             kind, key = self._session
             # One that was begun in this request has got its key meanwhile.
-            request.session = kind(key if isinstance(key, str) else key.session_key)
+            request.session = kind(key.session_key if isinstance(key, kind) else key)
         if self._djangos:
             AuthenticationMiddleware(lambda request: None).process_request(request)  # type: ignore[arg-type]
         if self._user is not None:
@@ -144,12 +144,13 @@ def _changed(
 
 
 def _session_of(request: HttpRequest) -> tuple[Any, Any] | None:
-    """Give the class and the key of a session, or itself where it has no key yet."""
+    """Give the class and the key of a session; itself where it is to get a key yet."""
     session: Any = getattr(request, "session", None)
     if not hasattr(session, "session_key"):
         return None
     key = session.session_key
-    return session.__class__, session if key is None else key
+    begun = key is None and getattr(session, "modified", False)
+    return session.__class__, session if begun else key
 
 
 @dataclass(slots=True)

@@ -23,6 +23,20 @@ def history(request: pytest.FixtureRequest) -> Iterator[DatabaseHistory]:
     connections[request.param].close()
 
 
+@pytest.fixture
+def settled(history: DatabaseHistory) -> list[int]:
+    """How many events are settled in each batch."""
+    batches: list[int] = []
+    append = history._append
+
+    def count(token: str, drafts: Any, **extra: Any) -> Any:
+        batches.append(len(drafts))
+        return append(token, drafts, **extra)
+
+    history._append = count  # type: ignore[method-assign]
+    return batches
+
+
 @real_commits
 def test_what_is_written_is_found(history: DatabaseHistory) -> None:
     """In its order, and of this token only; what is removed is not there any more."""
@@ -56,17 +70,11 @@ def test_more_pending_events_than_a_batch(
 
 
 @real_commits
-def test_more_pending_bytes_than_a_statement_may_have(history: DatabaseHistory) -> None:
+def test_more_pending_bytes_than_a_statement_may_have(
+    history: DatabaseHistory, settled: list[int]
+) -> None:
     """Large events are settled a few at a time: MySQL refuses what is over 16 MiB together."""
     values = [f"{n:03}" + "x" * 60_000 for n in range(400)]
-    settled: list[int] = []
-    append = history._append
-
-    def count(token: str, drafts: Any, **extra: Any) -> Any:
-        settled.append(len(drafts))
-        return append(token, drafts, **extra)
-
-    history._append = count  # type: ignore[method-assign]
     with transaction.atomic(using=history.using):
         for value in values[:-1]:
             history.stage("t", [draft(value)])
@@ -85,20 +93,13 @@ def test_more_pending_bytes_than_a_statement_may_have(history: DatabaseHistory) 
 )
 def test_pending_events_are_settled_by_their_size(
     history: DatabaseHistory,
+    settled: list[int],
     monkeypatch: pytest.MonkeyPatch,
     sizes: list[int],
     batches: list[int],
 ) -> None:
     """Each batch is as large as it may be, and a single event may be larger."""
     monkeypatch.setattr(outbox, "BATCH_BYTES", 50)
-    settled: list[int] = []
-    append = history._append
-
-    def count(token: str, drafts: Any, **extra: Any) -> Any:
-        settled.append(len(drafts))
-        return append(token, drafts, **extra)
-
-    history._append = count  # type: ignore[method-assign]
     with transaction.atomic(using=history.using):
         settle = history.stage("t", [draft("x" * size) for size in sizes])
     assert [len(entry.draft.data) for entry in settle() if entry is not None] == sizes

@@ -636,38 +636,34 @@ def test_a_bad_item_publishes_nothing(layer: SharedLayer, event_class: type[Even
     assert not get_history().heads(["t"])["t"].life
 
 
-def test_a_failure_among_many(
-    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The error says how many had been published."""
-    monkeypatch.setattr(publishing, "BATCH_EVENTS", 2)
+@pytest.fixture
+def fails(memory_history: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
+    """Batches of two are appended, but for one of this token that begins with this."""
+    failing = [("t", b"c")]
     append = memory_history.append
 
     def fail(token: str, drafts: Any) -> Any:
-        if drafts[0].data == b"c":
+        if (token, drafts[0].data) in failing:
             raise ConnectionError("away")
         return append(token, drafts)
 
+    monkeypatch.setattr(publishing, "BATCH_EVENTS", 2)
     monkeypatch.setattr(memory_history, "append", fail)
+    return failing
+
+
+@pytest.mark.usefixtures("fails")
+def test_a_failure_among_many(layer: SharedLayer) -> None:
+    """The error says how many had been published."""
     with pytest.raises(ConnectionError, match="away") as caught:
         publish_many([("t", "ping", text) for text in "abcde"])
     assert caught.value.__notes__ == ["2 of 5 events had been published before."]
     assert [text for _, text in data(layer)] == ["a", "b"]
 
 
-def test_a_failure_among_many_tokens(
-    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_among_many_tokens(layer: SharedLayer, fails: list[tuple[str, bytes]]) -> None:
     """They are published token by token: the error says how far each came."""
-    monkeypatch.setattr(publishing, "BATCH_EVENTS", 2)
-    append = memory_history.append
-
-    def fail(token: str, drafts: Any) -> Any:
-        if token == "t7" and drafts[0].data == b"c":
-            raise ConnectionError("away")
-        return append(token, drafts)
-
-    monkeypatch.setattr(memory_history, "append", fail)
+    fails[:] = [("t7", b"c")]
     items = [(f"t{n}", "ping", text) for text in "abc" for n in range(9)]
     with pytest.raises(ConnectionError, match="away") as caught:
         publish_many(items)
