@@ -17,6 +17,8 @@ from channels.layers import InMemoryChannelLayer
 
 from django_eventsource import hub as module
 from django_eventsource import membership
+from django_eventsource.buffers import share_of
+from django_eventsource.feeds import Feed
 from django_eventsource.frames import KEEPALIVE, Decoder
 from django_eventsource.history import Head, get_history
 from django_eventsource.hub import Hub, get_hub, hubs
@@ -631,6 +633,27 @@ async def test_repair_of_a_feed_that_everybody_left(hub: Hub) -> None:
     add(hub.history, "a")
     await hub._repair(feed)
     assert feed.last < hub.history.newest("t")[0]
+
+
+async def test_a_gap_is_closed_by_what_a_buffer_may_take(
+    hub: Hub, settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch of more would be held over a stream's bound."""
+    settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 100_000
+    subscriber = await listen(hub)
+    feed = hub._feeds["t"]
+    sizes: list[int] = []
+    deliver = feed._deliver
+    monkeypatch.setattr(
+        Feed, "_deliver", lambda self, batch: sizes.append(len(batch.data)) or deliver(batch)
+    )
+    add(hub.history, *("x" * 2000 for _ in range(50)))
+    await hub._repair(feed)
+    assert feed.last == hub.history.newest("t")[0]
+    feed.flush()
+    assert sum(sizes) > 100_000
+    assert max(sizes) < 1.1 * share_of(100_000), "with what frames add to the data"
+    hub.unsubscribe(subscriber)
 
 
 # Keepalives and pruning

@@ -729,6 +729,24 @@ def test_a_layer_that_hangs_is_waited_for_once(
     assert layer.tried == 1
 
 
+def test_a_slow_layer_is_waited_for_by_the_batch(
+    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the message: a batch that takes longer in all is left to the head check."""
+    send = layer.group_send
+
+    async def slow(group: str, message: dict[str, Any]) -> None:
+        await asyncio.sleep(0.2)
+        await send(group, message)
+
+    monkeypatch.setattr(layer, "group_send", slow)
+    monkeypatch.setattr(publishing, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(publishing, "MESSAGE_BYTES", 100)
+    publish_many([("t", "ping", "x" * 200)] * 10)
+    assert layer.tried < 3
+    assert len(texts(get_history().read("t", get_history().oldest("t")).entries)) == 10
+
+
 @real_commits
 @pytest.mark.parametrize("event_class", [None, StringEvent])
 def test_a_layer_that_hangs_is_waited_for_once_at_a_commit(
