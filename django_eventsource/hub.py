@@ -175,7 +175,7 @@ class Hub:
                 if feed is not None:
                     feed.receive(seq, frames, finish)
             case {"type": str(kind)} if kind == PROBE_TYPE:
-                pass
+                self._membership.answer()
             case _:
                 logger.warning("Skipped a channel-layer message that is not ours: %.200r", message)
 

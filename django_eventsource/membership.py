@@ -2,8 +2,9 @@
 
 A layer forgets members, and may fall deaf without a word: after a restart of the broker,
 after an outage, after a message that its receiver did not like. So the hub joins its groups
-again on a timer and after every failure, and sends itself a message now and then: when
-nothing comes for long, it takes a new layer.
+again on a timer and after every failure, and sends a message now and then to a group that
+only it is in. When that does not come back, the layer has forgotten its members, and the hub
+joins all groups again; when nothing comes for long, it takes a new layer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -23,6 +25,8 @@ logger = logging.getLogger("django_eventsource.hub")
 
 REJOIN_SECONDS = 600.0
 """Time between group joins: layers forget members, after 60 s or a day."""
+FORGOTTEN_SECONDS = 3.0
+"""How long a message of the hub to its own group may take; twice as long after each rejoin."""
 DEAF_SECONDS = 20.0
 """How long the layer may bring nothing, although the hub sends itself messages."""
 
@@ -47,8 +51,13 @@ class Membership:
         self._order = asyncio.Lock()
         self._failing = False
         self._rejoin_at = time.monotonic() + REJOIN_SECONDS
+        self._group = _own_group()
+        self._joined = False
         self._probed_at: float | None = None
         """When the oldest message to itself was sent that nothing has followed."""
+        self._unanswered_since: float | None = None
+        """When the oldest message to itself was sent that has not come back."""
+        self._patience = FORGOTTEN_SECONDS
         self._probing: asyncio.Task[None] | None = None
 
     async def get_channel(self) -> str:
@@ -93,6 +102,8 @@ class Membership:
     def forget(self) -> None:
         """Take no feed for joined any more."""
         self._rejoin_at = time.monotonic() + REJOIN_SECONDS
+        self._joined = False
+        self._unanswered_since = None
         for feed in self._feeds.values():
             feed.joined = False
 
@@ -112,31 +123,51 @@ class Membership:
         """Take note that the layer brought something."""
         self._probed_at = None
 
+    def answer(self) -> None:
+        """Take note that the layer brought a message of the hub to its own group."""
+        self._unanswered_since = None
+        self._patience = FORGOTTEN_SECONDS
+
     def check(self, *, shared: bool) -> bool:
         """Keep the membership alive; ``True`` when the layer is deaf and to be replaced."""
-        if time.monotonic() > self._rejoin_at:
+        now = time.monotonic()
+        if now > self._rejoin_at:
             self.forget()
         if not shared or not self._feeds:
             self.hear()
+            self.answer()
             return False
+        if self._unanswered_since is not None and now - self._unanswered_since > self._patience:
+            logger.warning("The channel layer seems to have forgotten its groups; joining again.")
+            self.forget()
+            # A layer over its capacity drops messages: joining ever again would not help it.
+            self._patience *= 2
         if self._probing is None or self._probing.done():
             self._probing = self._start(self._probe())
-        return self._probed_at is not None and time.monotonic() - self._probed_at > DEAF_SECONDS
+        return self._probed_at is not None and now - self._probed_at > DEAF_SECONDS
 
     async def _probe(self) -> None:
-        """Send the hub a message: whatever comes shows that it hears."""
+        """Send a message to the hub's own group: it comes back if the hub hears and is a member."""
         began = time.monotonic()
-        first = self._probed_at is None
-        if first:
+        if self._probed_at is None:
             self._probed_at = began
+        if self._unanswered_since is None:
+            self._unanswered_since = began
+        layer, group = self.layer, self._group
         try:
             async with asyncio.timeout(LAYER_SECONDS):
-                await self.layer.send(await self.get_channel(), {"type": PROBE_TYPE})
+                if not self._joined:
+                    await layer.group_add(group, await self.get_channel())
+                    self._joined = layer is self.layer
+                await layer.group_send(group, {"type": PROBE_TYPE})
         except Exception as error:  # noqa: BLE001
             self._tell(error)
-            if first and self._probed_at == began and not is_timeout(error):
+            if not is_timeout(error):
                 # A broker that cannot be reached says nothing about our hearing.
-                self._probed_at = None
+                if self._probed_at == began:
+                    self._probed_at = None
+                if self._unanswered_since == began:
+                    self._unanswered_since = None
 
     def replace(self) -> None:
         """Take a new layer, with a new channel, in no group yet."""
@@ -148,10 +179,16 @@ class Membership:
         self.channel = None
         self._naming = asyncio.Lock()
         self._order = asyncio.Lock()
+        # The old layer's channel stays in the old group until that expires.
+        self._group = _own_group()
         self.hear()
         self.forget()
         for feed in self._feeds.values():
             feed.joining = None
+
+
+def _own_group() -> str:
+    return f"eventsource.probe.{uuid.uuid4().hex}"
 
 
 def is_timeout(error: Exception) -> bool:

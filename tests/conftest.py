@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 from collections.abc import Iterator
@@ -76,6 +77,13 @@ def memory_history(settings) -> History:
     """Use a fresh memory history: for tests that are not about the database."""
     settings.EVENTSOURCE_HISTORY = MEMORY
     return get_history()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_garbage() -> Iterator[None]:
+    """Let what a module leaves open be its own failure, not one of a module that comes later."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 SECONDS = 60.0
 """How long the server may take to start or to stop."""
@@ -28,8 +29,29 @@ def _has_driver() -> bool:
             continue
         if name == "pymysql":
             driver.install_as_MySQLdb()
+            driver.connect = _closing(driver)
         return True
     return False
+
+
+def _closing(pymysql: Any) -> type:
+    """Give PyMySQL's connection, but closed at once where it could not be made.
+
+    PyMySQL leaves the unix socket of such an attempt to the garbage collector, which
+    warns of it in whatever test comes then.
+    """
+
+    class Connection(pymysql.connections.Connection):
+        def connect(self, sock: None = None) -> None:
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.connect(self.unix_socket)
+            except OSError as error:
+                sock.close()
+                raise pymysql.OperationalError(2003, str(error)) from error
+            super().connect(sock)
+
+    return Connection
 
 
 if not (_SERVER and _INSTALL):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -492,8 +490,6 @@ async def next_events(subscriber: Single) -> list[str]:
     return [event.data for event in Decoder().feed(chunk + subscriber.take())]
 
 
-# PyMySQL leaves the socket of an attempt to connect that failed to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @real_commits
 @pytest.mark.parametrize("using", SERVERS)
 def test_a_server_that_was_restarted(history: DatabaseHistory, using: str, request: Any) -> None:
@@ -515,10 +511,6 @@ def restart_mariadb(request: Any) -> Iterator[None]:
     server.stop()
     yield
     server.start()
-    with warnings.catch_warnings():
-        # PyMySQL lets go of a connection that failed to begin without closing its socket.
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +153,54 @@ async def test_a_layer_that_brings_nothing_is_replaced(
     assert reader.body.count(b"while it is deaf") == 1
     assert reader.stream.reason is None
     await reader.close()
+
+
+async def test_a_layer_that_forgets_its_groups(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It raises nothing and brings the rest: the groups are joined again, and the layer kept."""
+    monkeypatch.setattr(module, "FORGOTTEN_SECONDS", 0.1)
+    reader = await Reader().live()
+    hub = get_hub()
+    layer = layer_of(hub)
+    await until(lambda: len(layer.groups) == 2)
+    layer.groups.clear()
+    await until(lambda: len(layer.groups) == 2)
+    await layer.group_send(group_name("t"), live_message("t", "a member again"))
+    await until(lambda: b"a member again" in reader.body)
+    assert layer_of(hub) is layer
+    assert "forgotten its groups" in caplog.text
+    await reader.close()
+
+
+async def test_a_layer_that_drops_messages(
+    membership: tuple[Membership, dict[str, Feed]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over its capacity it does that: joining again is tried less and less often."""
+    one, feeds = membership
+    feed = make_feed()
+    feeds[feed.group] = feed
+    layer = one.layer
+    assert isinstance(layer, Shared)
+    layer.deaf = True
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def joins(seconds: int) -> list[int]:
+        times = []
+        for second in range(seconds):
+            before = layer.calls.count("group_add")
+            one.check(shared=True)
+            assert one._probing is not None
+            await one._probing
+            one.hear()  # of others, whose messages come
+            times += [second] * (layer.calls.count("group_add") - before)
+            clock.now += 1
+        return times
+
+    assert await joins(60) == [0, 4, 11, 24, 49]
+    one.answer()
+    assert await joins(8) == [4]
 
 
 async def test_probes_are_skipped_silently(
@@ -434,6 +483,22 @@ async def stop(hub: Hub) -> None:
     assert not pending, "the hub's tasks cannot be ended"
     async with asyncio.timeout(SECONDS):
         await close_layers(hub)
+
+
+@pytest.mark.parametrize("backend", [CORE, PUBSUB], ids=["core", "pubsub"])
+async def test_a_broker_that_was_emptied(settings, broker: ValkeyServer, backend: str) -> None:
+    """No connection breaks, and nothing durable is published: live-only events come again."""
+    use(settings, backend, hosts=[broker.url])
+    settings.EVENTSOURCE_POLL_SECONDS = 0.2
+    reader = await Reader().live()
+    for text in ("before", "after"):
+        async with asyncio.timeout(SECONDS):
+            while text.encode() not in reader.body:
+                await apublish("t", "ping", text, StringEvent)
+                await asyncio.sleep(0.1)
+        broker.run("FLUSHALL")
+    await reader.close()
+    await stop(get_hub())
 
 
 @pytest.mark.parametrize("backend", [CORE, PUBSUB], ids=["core", "pubsub"])
