@@ -35,6 +35,31 @@ PROBE_TYPE = "eventsource.probe"
 Start = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 
 
+class Wait:
+    """Since when the hub has been waiting for something, on the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+
+    def begin(self, now: float) -> None:
+        """Wait from now on, or still."""
+        if self.since is None:
+            self.since = now
+
+    def undo(self, began: float) -> None:
+        """Do not wait if it began then."""
+        if self.since == began:
+            self.since = None
+
+    def end(self) -> None:
+        """Wait no longer."""
+        self.since = None
+
+    def lasts(self, now: float, seconds: float) -> bool:
+        """Tell whether it lasts longer than that."""
+        return self.since is not None and now - self.since > seconds
+
+
 class Membership:
     """What a hub is a member of.
 
@@ -53,10 +78,10 @@ class Membership:
         self._rejoin_at = time.monotonic() + REJOIN_SECONDS
         self._group = _own_group()
         self._joined = False
-        self._probed_at: float | None = None
-        """When the oldest message to itself was sent that nothing has followed."""
-        self._unanswered_since: float | None = None
-        """When the oldest message to itself was sent that has not come back."""
+        self._deaf = Wait()
+        """Nothing has come since a message to itself was sent."""
+        self._unanswered = Wait()
+        """A message to itself has not come back."""
         self._patience = FORGOTTEN_SECONDS
         self._probing: asyncio.Task[None] | None = None
 
@@ -103,7 +128,7 @@ class Membership:
         """Take no feed for joined any more."""
         self._rejoin_at = time.monotonic() + REJOIN_SECONDS
         self._joined = False
-        self._unanswered_since = None
+        self._unanswered.end()
         for feed in self._feeds.values():
             feed.joined = False
 
@@ -121,11 +146,11 @@ class Membership:
 
     def hear(self) -> None:
         """Take note that the layer brought something."""
-        self._probed_at = None
+        self._deaf.end()
 
     def answer(self) -> None:
         """Take note that the layer brought a message of the hub to its own group."""
-        self._unanswered_since = None
+        self._unanswered.end()
         self._patience = FORGOTTEN_SECONDS
 
     def check(self, *, shared: bool) -> bool:
@@ -137,22 +162,20 @@ class Membership:
             self.hear()
             self.answer()
             return False
-        if self._unanswered_since is not None and now - self._unanswered_since > self._patience:
+        if self._unanswered.lasts(now, self._patience):
             logger.warning("The channel layer seems to have forgotten its groups; joining again.")
             self.forget()
             # A layer over its capacity drops messages: joining ever again would not help it.
             self._patience *= 2
         if self._probing is None or self._probing.done():
             self._probing = self._start(self._probe())
-        return self._probed_at is not None and now - self._probed_at > DEAF_SECONDS
+        return self._deaf.lasts(now, DEAF_SECONDS)
 
     async def _probe(self) -> None:
-        """Send a message to the hub's own group: it comes back if the hub hears and is a member."""
+        """Send a message to the own group: it comes back to one who hears and is a member."""
         began = time.monotonic()
-        if self._probed_at is None:
-            self._probed_at = began
-        if self._unanswered_since is None:
-            self._unanswered_since = began
+        for wait in (self._deaf, self._unanswered):
+            wait.begin(began)
         layer, group = self.layer, self._group
         try:
             async with asyncio.timeout(LAYER_SECONDS):
@@ -164,10 +187,8 @@ class Membership:
             self._tell(error)
             if not is_timeout(error):
                 # A broker that cannot be reached says nothing about our hearing.
-                if self._probed_at == began:
-                    self._probed_at = None
-                if self._unanswered_since == began:
-                    self._unanswered_since = None
+                for wait in (self._deaf, self._unanswered):
+                    wait.undo(began)
 
     def replace(self) -> None:
         """Take a new layer, with a new channel, in no group yet."""

@@ -73,18 +73,23 @@ class Server:
         # As root it wants to be told that root is meant; nobody else can reach the socket.
         self.common = ["--no-defaults", f"--user={getpass.getuser()}"]
         self.common += [f"--datadir={directory / 'data'}"]
+        # When it starts it removes the temporary tables of whoever else has the same directory.
+        (directory / "tmp").mkdir()
+        self.common += [f"--tmpdir={directory / 'tmp'}"]
         with self._log() as log:
-            subprocess.run(
+            done = subprocess.run(
                 [
                     str(_INSTALL),
                     *self.common,
                     "--auth-root-authentication-method=normal",
                     "--skip-test-db",
                 ],
-                check=True,
+                check=False,
                 stdout=log,
                 stderr=log,
             )
+        if done.returncode:
+            raise RuntimeError((self.directory / "log").read_text(errors="replace"))
 
     def _log(self):
         return (self.directory / "log").open("ab")

@@ -371,6 +371,29 @@ async def test_a_probe_that_fails(
     assert one.check(shared=True) is deaf
 
 
+async def test_a_probe_that_fails_after_one_that_was_lost(
+    membership: tuple[Membership, dict[str, Feed]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that was lost still counts: deafness is measured from there."""
+    one, feeds = membership
+    feed = make_feed()
+    feeds[feed.group] = feed
+    layer = one.layer
+    assert isinstance(layer, Shared)
+    layer.deaf = True
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    assert not one.check(shared=True)
+    assert one._probing is not None
+    await one._probing
+    layer.failing.add("send")
+    clock.now += module.DEAF_SECONDS
+    assert not one.check(shared=True)
+    await one._probing
+    clock.now += 1
+    assert one.check(shared=True)
+
+
 async def test_a_broker_that_is_down_is_told_once(
     membership: tuple[Membership, dict[str, Feed]], caplog: pytest.LogCaptureFixture
 ) -> None:
