@@ -24,7 +24,7 @@ from .layers import LAYER_SECONDS, let_go, make_hub_layer
 logger = logging.getLogger("django_eventsource.hub")
 
 REJOIN_SECONDS = 600.0
-"""Time between group joins: layers forget members, after 60 s or a day."""
+"""Time between group joins, or less: layers forget members, after a day by default."""
 FORGOTTEN_SECONDS = 3.0
 """How long a message of the hub to its own group may take; twice as long after each rejoin."""
 DEAF_SECONDS = 20.0
@@ -75,7 +75,7 @@ class Membership:
         self._naming = asyncio.Lock()
         self._order = asyncio.Lock()
         self._failing = False
-        self._rejoin_at = time.monotonic() + REJOIN_SECONDS
+        self._rejoin_at = self._next_rejoin()
         self._group = _own_group()
         self._joined = False
         self._deaf = Wait()
@@ -126,11 +126,15 @@ class Membership:
 
     def forget(self) -> None:
         """Take no feed for joined any more."""
-        self._rejoin_at = time.monotonic() + REJOIN_SECONDS
+        self._rejoin_at = self._next_rejoin()
         self._joined = False
         self._unanswered.end()
         for feed in self._feeds.values():
             feed.joined = False
+
+    def _next_rejoin(self) -> float:
+        expiry = getattr(self.layer, "group_expiry", None)
+        return time.monotonic() + min(REJOIN_SECONDS, expiry / 2 if expiry else REJOIN_SECONDS)
 
     async def leave(self, group: str) -> None:
         """Leave a group, unless somebody listens again."""

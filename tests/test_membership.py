@@ -394,6 +394,34 @@ async def test_a_probe_that_fails_after_one_that_was_lost(
     assert one.check(shared=True)
 
 
+@pytest.mark.parametrize(
+    ("expiry", "after"), [(None, 600), (0, 600), (86_400, 600), (60, 30), (7, 3.5)]
+)
+async def test_groups_are_joined_again_before_they_expire(
+    membership: tuple[Membership, dict[str, Feed]],
+    monkeypatch: pytest.MonkeyPatch,
+    expiry: int | None,
+    after: float,
+) -> None:
+    """The layer's ``group_expiry`` says when it forgets its members."""
+    one, feeds = membership
+    feed = make_feed()
+    feeds[feed.group] = feed
+    layer: Any = one.layer
+    if expiry is not None:
+        layer.group_expiry = expiry
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    one.forget()
+    feed.joined = True
+    clock.now += after
+    one.check(shared=False)
+    assert feed.joined
+    clock.now += 0.1
+    one.check(shared=False)
+    assert not feed.joined
+
+
 async def test_a_broker_that_is_down_is_told_once(
     membership: tuple[Membership, dict[str, Feed]], caplog: pytest.LogCaptureFixture
 ) -> None:
