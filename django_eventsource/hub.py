@@ -132,6 +132,7 @@ class Hub:
         membership = self._membership
         while True:
             began = time.monotonic()
+            membership.receiving = True
             try:
                 message = await membership.layer.receive(await membership.get_channel())
             except Exception as error:
@@ -147,6 +148,7 @@ class Hub:
                 logger.log(
                     level, "The channel layer failed to receive; trying again.", exc_info=error
                 )
+                membership.receiving = False
                 await self._back_off(failures)
                 failures += 1
                 membership.forget()
@@ -188,7 +190,7 @@ class Hub:
         prune_at = check_at + self._prune_seconds()
         while True:
             try:
-                await self._rest(check_at)
+                await self._rest(min(check_at, self._membership.rejoin_at))
                 self._membership.join_missing()
                 await self._close_gaps()
                 now = time.monotonic()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 from channels.exceptions import InvalidChannelLayerError
 from channels.layers import (
@@ -25,6 +25,13 @@ from .conf import conf
 
 LAYER_SECONDS = 10.0
 """How long one call of the channel layer may take."""
+
+WAIT_SECONDS = 2
+"""How long the core layer of channels_redis may wait in the server for a message.
+
+That must end before redis-py gives the wait up, by default after 5 s, as long as the layer's own:
+what comes in that moment is lost.
+"""
 
 MESSAGE_TYPE = "eventsource.frame"
 
@@ -56,7 +63,10 @@ def make_hub_layer() -> BaseChannelLayer:
     """Give a hub a layer of its own."""
     if get_layer() is None:
         return InMemoryChannelLayer(capacity=LOCAL_CAPACITY)
-    return channel_layers.make_backend(conf.channel_layer)
+    layer: Any = channel_layers.make_backend(conf.channel_layer)
+    if hasattr(layer, "brpop_timeout"):
+        layer.brpop_timeout = min(layer.brpop_timeout, WAIT_SECONDS)
+    return cast("BaseChannelLayer", layer)
 
 
 async def let_go(layer: Any) -> None:

@@ -4,12 +4,13 @@ A layer forgets members, and may fall deaf without a word: after a restart of th
 after an outage, after a message that its receiver did not like. So the hub joins its groups
 again on a timer and after every failure, and sends a message now and then to a group that
 only it is in. When that does not come back, the layer has forgotten its members, and the hub
-joins all groups again; when nothing comes for long, it takes a new layer.
+joins all groups again; when nothing at all comes for long, it takes a new layer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -25,39 +26,22 @@ logger = logging.getLogger("django_eventsource.hub")
 
 REJOIN_SECONDS = 600.0
 """Time between group joins, or less: layers forget members, after a day by default."""
-FORGOTTEN_SECONDS = 3.0
-"""How long a message of the hub to its own group may take; twice as long after each rejoin."""
+PROBES = 3
+"""So many messages of the hub to its own group are lost before it takes itself for forgotten.
+
+One may be lost to a wait of the core layer that redis-py has just given up.
+"""
+ANSWER_SECONDS = 1.0
+"""How long each may take to come back."""
+PATIENCE_SECONDS = 10.0
+"""Least time from one such rejoin to the next; twice as long each time."""
+LEAST_REJOIN_SECONDS = 0.5
 DEAF_SECONDS = 20.0
 """How long the layer may bring nothing, although the hub sends itself messages."""
 
 PROBE_TYPE = "eventsource.probe"
 
 Start = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
-
-
-class Wait:
-    """Since when the hub has been waiting for something, on the monotonic clock."""
-
-    def __init__(self) -> None:
-        self.since: float | None = None
-
-    def begin(self, now: float) -> None:
-        """Wait from now on, or still."""
-        if self.since is None:
-            self.since = now
-
-    def undo(self, began: float) -> None:
-        """Do not wait if it began then."""
-        if self.since == began:
-            self.since = None
-
-    def end(self) -> None:
-        """Wait no longer."""
-        self.since = None
-
-    def lasts(self, now: float, seconds: float) -> bool:
-        """Tell whether it lasts longer than that."""
-        return self.since is not None and now - self.since > seconds
 
 
 class Membership:
@@ -75,23 +59,35 @@ class Membership:
         self._naming = asyncio.Lock()
         self._order = asyncio.Lock()
         self._failing = False
-        self._rejoin_at = self._next_rejoin()
+        self.rejoin_at = self._next_rejoin()
+        """When :meth:`join_missing` joins all groups again, on the monotonic clock."""
+        self.receiving = True
+        """Is anybody waiting for messages?"""
         self._group = _own_group()
         self._joined = False
-        self._deaf = Wait()
-        """Nothing has come since a message to itself was sent."""
-        self._unanswered = Wait()
-        """A message to itself has not come back."""
-        self._patience = FORGOTTEN_SECONDS
+        self._probed_at: float | None = None
+        """When the oldest message to itself was sent that nothing has followed."""
         self._probing: asyncio.Task[None] | None = None
+        self._answer = asyncio.Event()
+        self._patience = PATIENCE_SECONDS
+        self._patient_until = 0.0
 
     async def get_channel(self) -> str:
         """Give the hub's channel, named when first asked for."""
-        # Two who ask at once must not get two: one would be received on, the other joined.
-        async with self._naming:
-            if self.channel is None:
-                self.channel = await self.layer.new_channel("eventsource")
-            return self.channel
+        return (await self._place())[1]
+
+    async def _place(self) -> tuple[BaseChannelLayer, str]:
+        """Give the layer, and the hub's channel in it."""
+        while True:
+            layer = self.layer
+            # Two who ask at once must not get two: one would be received on, the other joined.
+            async with self._naming:
+                if self.channel is None and layer is self.layer:
+                    channel = await layer.new_channel("eventsource")
+                    if layer is self.layer:
+                        self.channel = channel
+                if self.channel is not None and layer is self.layer:
+                    return layer, self.channel
 
     # Groups
 
@@ -102,10 +98,10 @@ class Membership:
         return feed.joining
 
     async def _join(self, feed: Feed) -> None:
-        layer = self.layer
         try:
             async with asyncio.timeout(LAYER_SECONDS), self._order:
-                await layer.group_add(feed.group, await self.get_channel())
+                layer, channel = await self._place()
+                await layer.group_add(feed.group, channel)
         except Exception as error:  # noqa: BLE001
             # The head check brings what the layer does not; the next one joins again.
             self._tell(error)
@@ -119,29 +115,32 @@ class Membership:
         self._failing = True
 
     def join_missing(self) -> None:
-        """Join the groups of all feeds that are in none."""
+        """Join the groups of all feeds that are in none, or of all feeds when it is time."""
+        if time.monotonic() >= self.rejoin_at:
+            self.forget()
         for feed in self._feeds.values():
             if not feed.joined:
                 self.begin_join(feed)
 
     def forget(self) -> None:
         """Take no feed for joined any more."""
-        self._rejoin_at = self._next_rejoin()
+        self.rejoin_at = self._next_rejoin()
         self._joined = False
-        self._unanswered.end()
         for feed in self._feeds.values():
             feed.joined = False
 
     def _next_rejoin(self) -> float:
         expiry = getattr(self.layer, "group_expiry", None)
-        return time.monotonic() + min(REJOIN_SECONDS, expiry / 2 if expiry else REJOIN_SECONDS)
+        seconds = max(expiry / 2, LEAST_REJOIN_SECONDS) if expiry else REJOIN_SECONDS
+        return time.monotonic() + min(seconds, REJOIN_SECONDS)
 
     async def leave(self, group: str) -> None:
         """Leave a group, unless somebody listens again."""
         try:
             async with asyncio.timeout(LAYER_SECONDS), self._order:
                 if group not in self._feeds:
-                    await self.layer.group_discard(group, await self.get_channel())
+                    layer, channel = await self._place()
+                    await layer.group_discard(group, channel)
         except Exception as error:  # noqa: BLE001
             # Messages for a group without listeners are skipped.
             self._tell(error, "leave")
@@ -150,49 +149,67 @@ class Membership:
 
     def hear(self) -> None:
         """Take note that the layer brought something."""
-        self._deaf.end()
+        self._probed_at = None
 
     def answer(self) -> None:
         """Take note that the layer brought a message of the hub to its own group."""
-        self._unanswered.end()
-        self._patience = FORGOTTEN_SECONDS
+        self._answer.set()
+        self._patience = PATIENCE_SECONDS
+        self._patient_until = 0.0
 
     def check(self, *, shared: bool) -> bool:
         """Keep the membership alive; ``True`` when the layer is deaf and to be replaced."""
-        now = time.monotonic()
-        if now > self._rejoin_at:
-            self.forget()
         if not shared or not self._feeds:
             self.hear()
-            self.answer()
             return False
-        if self._unanswered.lasts(now, self._patience):
-            logger.warning("The channel layer seems to have forgotten its groups; joining again.")
-            self.forget()
-            # A layer over its capacity drops messages: joining ever again would not help it.
-            self._patience *= 2
         if self._probing is None or self._probing.done():
             self._probing = self._start(self._probe())
-        return self._deaf.lasts(now, DEAF_SECONDS)
+        return self._probed_at is not None and time.monotonic() - self._probed_at > DEAF_SECONDS
 
     async def _probe(self) -> None:
-        """Send a message to the own group: it comes back to one who hears and is a member."""
+        """Join the groups again if the layer has forgotten that the hub is in its own."""
         began = time.monotonic()
-        for wait in (self._deaf, self._unanswered):
-            wait.begin(began)
-        layer, group = self.layer, self._group
+        first = self._probed_at is None
+        if first:
+            self._probed_at = began
+        layer = self.layer
         try:
-            async with asyncio.timeout(LAYER_SECONDS):
-                if not self._joined:
-                    await layer.group_add(group, await self.get_channel())
-                    self._joined = layer is self.layer
-                await layer.group_send(group, {"type": PROBE_TYPE})
+            found = await self._is_member()
+            if not found and self._may_be_forgotten(layer):
+                logger.warning("The channel layer has forgotten its groups; joining them again.")
+                self.forget()
+                self.join_missing()
+                await self._is_member()  # or it is deaf
         except Exception as error:  # noqa: BLE001
             self._tell(error)
-            if not is_timeout(error):
+            if first and self._probed_at == began and not is_timeout(error):
                 # A broker that cannot be reached says nothing about our hearing.
-                for wait in (self._deaf, self._unanswered):
-                    wait.undo(began)
+                self._probed_at = None
+
+    async def _is_member(self) -> bool:
+        """Send messages to the hub's own group until one comes back."""
+        for _ in range(PROBES):
+            self._answer.clear()
+            async with asyncio.timeout(LAYER_SECONDS):
+                layer, channel = await self._place()
+                group = self._group
+                if not self._joined:
+                    await layer.group_add(group, channel)
+                    self._joined = group == self._group
+                await layer.group_send(group, {"type": PROBE_TYPE})
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    return await self._answer.wait()
+        return False
+
+    def _may_be_forgotten(self, layer: BaseChannelLayer) -> bool:
+        now = time.monotonic()
+        if layer is not self.layer or not self.receiving or now < self._patient_until:
+            return False
+        # A layer over its capacity drops messages: joining ever again would not help it.
+        self._patient_until = now + self._patience
+        self._patience *= 2
+        return True
 
     def replace(self) -> None:
         """Take a new layer, with a new channel, in no group yet."""
@@ -206,6 +223,7 @@ class Membership:
         self._order = asyncio.Lock()
         # The old layer's channel stays in the old group until that expires.
         self._group = _own_group()
+        self._probing = None
         self.hear()
         self.forget()
         for feed in self._feeds.values():

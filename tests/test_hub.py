@@ -496,8 +496,11 @@ async def test_a_lost_store_is_told_to_who_has_seen_no_event(
     assert await receive(subscriber, 1) == ["a"]
 
 
-async def test_groups_are_joined_again_on_a_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_groups_are_joined_again_on_a_timer(
+    settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A layer that forgot the member without any error learns of it again."""
+    settings.EVENTSOURCE_POLL_SECONDS = 600
     monkeypatch.setattr(membership, "REJOIN_SECONDS", 0.05)
     hub = get_hub()
     await listen(hub)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from channels.layers import InMemoryChannelLayer, get_channel_layer
+from channels_redis.core import RedisChannelLayer
 from django.core.exceptions import ImproperlyConfigured
 
 from django_eventsource.layers import get_layer, is_process_local, make_hub_layer
@@ -43,6 +46,24 @@ def test_a_shared_layer_is_made_anew_for_each_hub_too(settings) -> None:
     layer = make_hub_layer()
     assert isinstance(layer, SharedLayer)
     assert layer is not get_channel_layer("events")
+
+
+class Impatient(RedisChannelLayer):
+    """A project's own, whose waits are short already."""
+
+    brpop_timeout = 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "seconds"),
+    [("channels_redis.core.RedisChannelLayer", 2), ("tests.test_layers.Impatient", 1)],
+)
+def test_the_core_layer_waits_shortly(settings, backend: str, seconds: int) -> None:
+    """For less than redis-py's time-out; the project's own instance is left alone."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": backend}}
+    layer: Any = make_hub_layer()
+    assert layer.brpop_timeout == seconds
+    assert get_channel_layer().brpop_timeout == type(layer).brpop_timeout
 
 
 def test_a_layer_that_cannot_be_made_is_named(settings) -> None:

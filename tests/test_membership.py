@@ -159,7 +159,7 @@ async def test_a_layer_that_forgets_its_groups(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It raises nothing and brings the rest: the groups are joined again, and the layer kept."""
-    monkeypatch.setattr(module, "FORGOTTEN_SECONDS", 0.1)
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.05)
     reader = await Reader().live()
     hub = get_hub()
     layer = layer_of(hub)
@@ -173,10 +173,53 @@ async def test_a_layer_that_forgets_its_groups(
     await reader.close()
 
 
+@pytest.mark.parametrize("lost", range(module.PROBES))
+async def test_a_probe_that_is_lost(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """One is sent again, before the layer is taken for forgetful."""
+    reader = await Reader().live()
+    layer = layer_of(get_hub())
+    send = layer.group_send
+    sent = []
+
+    async def lose(group: str, message: dict[str, Any]) -> None:
+        sent.append(group)
+        if len(sent) > lost:
+            await send(group, message)
+
+    await until(lambda: len(layer.groups) == 2)
+    monkeypatch.setattr(layer, "group_send", lose)
+    await until(lambda: len(sent) > lost + 5)
+    assert caplog.text == ""
+    await reader.close()
+
+
+async def test_no_verdict_while_nobody_receives(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a failure the hub waits before it receives again: that loses it no group."""
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0)
+    reader = await Reader().live()
+    hub = get_hub()
+    layer = layer_of(hub)
+    monkeypatch.setattr(hub_module, "BACK_OFF_SECONDS", (1_000,))
+    layer.failing.add("receive")
+    await layer.group_send(group_name("t"), live_message("t", "the last one"))
+    await until(lambda: not hub._membership.receiving)
+    await until(lambda: b"the last one" in reader.body)
+    caplog.clear()
+    before = layer.calls.count("group_send")
+    await until(lambda: layer.calls.count("group_send") > before + 3 * module.PROBES)
+    assert "forgotten" not in caplog.text
+    await reader.close()
+
+
 async def test_a_layer_that_drops_messages(
     membership: tuple[Membership, dict[str, Feed]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over its capacity it does that: joining again is tried less and less often."""
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0)
     one, feeds = membership
     feed = make_feed()
     feeds[feed.group] = feed
@@ -193,14 +236,53 @@ async def test_a_layer_that_drops_messages(
             one.check(shared=True)
             assert one._probing is not None
             await one._probing
+            if feed.joining is not None:
+                await feed.joining
             one.hear()  # of others, whose messages come
-            times += [second] * (layer.calls.count("group_add") - before)
+            if layer.calls.count("group_add") > before:
+                times.append(second)
             clock.now += 1
         return times
 
-    assert await joins(60) == [0, 4, 11, 24, 49]
+    assert await joins(75) == [0, 10, 30, 70]
     one.answer()
-    assert await joins(8) == [4]
+    assert await joins(15) == [0, 10]
+
+
+async def test_who_was_forgotten_joins_at_once(
+    membership: tuple[Membership, dict[str, Feed]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only at the next head check, which may be far."""
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0)
+    one, feeds = membership
+    feed = make_feed()
+    feeds[feed.group] = feed
+    feed.joined = True
+    layer = one.layer
+    assert isinstance(layer, Shared)
+    assert not one.check(shared=True)
+    assert one._probing is not None
+    await one._probing
+    assert feed.joining is not None
+    await feed.joining
+    assert len(layer.groups) == 2
+
+
+@pytest.mark.slow
+async def test_waits_that_end_when_a_probe_comes(
+    settings, valkey_server: ValkeyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The core layer loses what comes as redis-py gives up a wait: no group is lost by that."""
+    use(settings, CORE, hosts=[{"address": valkey_server.url, "socket_timeout": 0.7}])
+    settings.EVENTSOURCE_POLL_SECONDS = 0.7
+    caplog.set_level(logging.DEBUG, "django_eventsource.hub")
+    reader = await Reader().live()
+    async with asyncio.timeout(60):
+        while caplog.text.count("socket_timeout ended a wait") < 8:
+            await asyncio.sleep(0.05)
+    assert [one for one in caplog.records if one.levelno >= logging.WARNING] == []
+    await reader.close()
+    await stop(get_hub())
 
 
 async def test_probes_are_skipped_silently(
@@ -346,6 +428,31 @@ async def test_a_join_that_hangs_while_the_layer_is_replaced(
     assert feed.group in new.groups
 
 
+async def test_a_channel_that_is_named_while_the_layer_is_replaced(
+    membership: tuple[Membership, dict[str, Feed]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one, the new layer's: to be received on and to join groups with."""
+    one, _ = membership
+    old = one.layer
+    go_on = asyncio.Event()
+
+    async def new_channel(prefix: str) -> str:
+        await go_on.wait()
+        return "old"
+
+    monkeypatch.setattr(old, "new_channel", new_channel)
+    early = [asyncio.ensure_future(one.get_channel()) for _ in range(2)]
+    await asyncio.sleep(0)
+    one.replace()
+    late = await one.get_channel()
+    go_on.set()
+    assert await asyncio.gather(*early) == [late, late]
+    assert one.channel == late
+    new = one.layer
+    assert isinstance(new, Shared)
+    assert list(new.queues) == [late]
+
+
 @pytest.mark.parametrize(
     ("error", "deaf"), [(TimeoutError("slow"), True), (ConnectionError("refused"), False)]
 )
@@ -375,6 +482,7 @@ async def test_a_probe_that_fails_after_one_that_was_lost(
     membership: tuple[Membership, dict[str, Feed]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one that was lost still counts: deafness is measured from there."""
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0)
     one, feeds = membership
     feed = make_feed()
     feeds[feed.group] = feed
@@ -395,7 +503,7 @@ async def test_a_probe_that_fails_after_one_that_was_lost(
 
 
 @pytest.mark.parametrize(
-    ("expiry", "after"), [(None, 600), (0, 600), (86_400, 600), (60, 30), (7, 3.5)]
+    ("expiry", "after"), [(None, 600), (0, 600), (86_400, 600), (60, 30), (7, 3.5), (-1, 0.5)]
 )
 async def test_groups_are_joined_again_before_they_expire(
     membership: tuple[Membership, dict[str, Feed]],
@@ -414,11 +522,11 @@ async def test_groups_are_joined_again_before_they_expire(
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     one.forget()
     feed.joined = True
-    clock.now += after
-    one.check(shared=False)
+    clock.now += after - 0.1
+    one.join_missing()
     assert feed.joined
     clock.now += 0.1
-    one.check(shared=False)
+    one.join_missing()
     assert not feed.joined
 
 
@@ -506,9 +614,12 @@ def broker() -> Any:
 async def test_an_idle_connection_that_times_out(
     settings, valkey_server: ValkeyServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """redis-py's socket_timeout, shorter than the core layer's wait: no error, no loss."""
+    """redis-py's socket_timeout, shorter than the core layer's wait: no error, no loss.
+
+    What comes as a wait is given up the layer loses, and the history brings.
+    """
     use(settings, CORE, hosts=[{"address": valkey_server.url, "socket_timeout": 1}])
-    settings.EVENTSOURCE_POLL_SECONDS = 600  # nothing but the layer brings anything
+    settings.EVENTSOURCE_POLL_SECONDS = 1.3
     caplog.set_level(logging.DEBUG, "django_eventsource.hub")
     reader = await Reader().live()
     await until(lambda: "socket_timeout ended a wait" in caplog.text)
@@ -525,6 +636,22 @@ async def test_an_idle_connection_that_times_out(
     await stop(get_hub())
 
 
+async def test_waits_end_before_redis_gives_them_up(
+    settings, valkey_server: ValkeyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As they do with redis-py's default of 5 s: the layer loses nothing."""
+    use(settings, CORE, hosts=[{"address": valkey_server.url, "socket_timeout": 3}])
+    settings.EVENTSOURCE_POLL_SECONDS = 600  # nothing but the layer brings anything
+    caplog.set_level(logging.DEBUG, "django_eventsource.hub")
+    reader = await Reader().live()
+    await asyncio.sleep(3.5)
+    assert "ended a wait" not in caplog.text
+    await apublish("t", "ping", "after the wait")
+    await until(lambda: b"after the wait" in reader.body)
+    await reader.close()
+    await stop(get_hub())
+
+
 async def stop(hub: Hub) -> None:
     """End the hub's tasks, then the layer's connections."""
     tasks = list(hub._tasks)
@@ -536,10 +663,9 @@ async def stop(hub: Hub) -> None:
         await close_layers(hub)
 
 
-@pytest.mark.parametrize("backend", [CORE, PUBSUB], ids=["core", "pubsub"])
-async def test_a_broker_that_was_emptied(settings, broker: ValkeyServer, backend: str) -> None:
+async def test_a_broker_that_was_emptied(settings, broker: ValkeyServer) -> None:
     """No connection breaks, and nothing durable is published: live-only events come again."""
-    use(settings, backend, hosts=[broker.url])
+    use(settings, CORE, hosts=[broker.url])
     settings.EVENTSOURCE_POLL_SECONDS = 0.2
     reader = await Reader().live()
     for text in ("before", "after"):
