@@ -10,7 +10,6 @@ joins all groups again; when nothing at all comes for long, it takes a new layer
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
@@ -68,7 +67,7 @@ class Membership:
         self._probed_at: float | None = None
         """When the oldest message to itself was sent that nothing has followed."""
         self._probing: asyncio.Task[None] | None = None
-        self._answer = asyncio.Event()
+        self._answer: asyncio.Future[None] | None = None
         self._patience = PATIENCE_SECONDS
         self._patient_until = 0.0
 
@@ -153,7 +152,8 @@ class Membership:
 
     def answer(self) -> None:
         """Take note that the layer brought a message of the hub to its own group."""
-        self._answer.set()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(None)
         self._patience = PATIENCE_SECONDS
         self._patient_until = 0.0
 
@@ -174,11 +174,7 @@ class Membership:
             self._probed_at = began
         layer = self.layer
         try:
-            found = await self._is_member()
-            if not found and self._may_be_forgotten(layer):
-                logger.warning("The channel layer has forgotten its groups; joining them again.")
-                self.forget()
-                self.join_missing()
+            if not await self._is_member() and self._rejoin(layer):
                 await self._is_member()  # or it is deaf
         except Exception as error:  # noqa: BLE001
             self._tell(error)
@@ -189,7 +185,7 @@ class Membership:
     async def _is_member(self) -> bool:
         """Send messages to the hub's own group until one comes back."""
         for _ in range(PROBES):
-            self._answer.clear()
+            answer = self._answer = asyncio.get_running_loop().create_future()
             async with asyncio.timeout(LAYER_SECONDS):
                 layer, channel = await self._place()
                 group = self._group
@@ -197,18 +193,21 @@ class Membership:
                     await layer.group_add(group, channel)
                     self._joined = group == self._group
                 await layer.group_send(group, {"type": PROBE_TYPE})
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ANSWER_SECONDS):
-                    return await self._answer.wait()
+            if (await asyncio.wait([answer], timeout=ANSWER_SECONDS))[0]:
+                return True
         return False
 
-    def _may_be_forgotten(self, layer: BaseChannelLayer) -> bool:
+    def _rejoin(self, layer: BaseChannelLayer) -> bool:
+        """Join all groups of a layer again, unless nothing speaks for it; tell whether."""
         now = time.monotonic()
         if layer is not self.layer or not self.receiving or now < self._patient_until:
             return False
+        logger.warning("The channel layer has forgotten its groups; joining them again.")
         # A layer over its capacity drops messages: joining ever again would not help it.
         self._patient_until = now + self._patience
         self._patience *= 2
+        self.forget()
+        self.join_missing()
         return True
 
     def replace(self) -> None:
