@@ -202,7 +202,7 @@ class Membership:
         now = time.monotonic()
         if layer is not self.layer or not self.receiving or now < self._patient_until:
             return False
-        logger.warning("The channel layer has forgotten its groups; joining them again.")
+        logger.warning("The channel layer seems to have forgotten its groups; joining again.")
         # A layer over its capacity drops messages: joining ever again would not help it.
         self._patient_until = now + self._patience
         self._patience *= 2
