@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import connections
+from django.db import OperationalError, connections
 from django.db.models import F
 
 from django_eventsource.history import Draft, Entry, History, Kind
@@ -114,6 +114,10 @@ def in_thread(work: Callable[[], object]) -> object:
         return executor.submit(run).result(60)
 
 
+NO_SUCH_THREAD = 1094
+"""MariaDB's number of the error that a connection is not there."""
+
+
 def cut_connections(using: str) -> None:
     """End every connection to a database server but this thread's own, at the server."""
     with connections[using].cursor() as cursor:
@@ -123,13 +127,21 @@ def cut_connections(using: str) -> None:
                 " WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
             return
-        others = (
-            "SELECT id FROM information_schema.processlist"
-            " WHERE db = DATABASE() AND id <> CONNECTION_ID()"
-        )
-        cursor.execute(others)
-        for (pid,) in cursor.fetchall():
-            cursor.execute(f"KILL {pid}")
-        while cursor.execute(others):
+
+        def others() -> set[int]:
+            cursor.execute(
+                "SELECT id FROM information_schema.processlist"
+                " WHERE db = DATABASE() AND id <> CONNECTION_ID()"
+            )
+            return {pid for (pid,) in cursor.fetchall()}
+
+        found = others()
+        for pid in found:
+            try:
+                cursor.execute(f"KILL {pid}")
+            except OperationalError as error:
+                if error.args[0] != NO_SUCH_THREAD:  # it has ended by itself
+                    raise
+        while found & others():
             pass  # one that was killed is there until it notices
     connections[using].close()
