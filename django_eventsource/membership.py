@@ -35,6 +35,7 @@ ANSWER_SECONDS = 1.0
 PATIENCE_SECONDS = 10.0
 """Least time from one such rejoin to the next; twice as long each time."""
 LEAST_REJOIN_SECONDS = 0.5
+"""Time between group joins where the layer forgets members sooner than makes sense."""
 DEAF_SECONDS = 20.0
 """How long the layer may bring nothing, although the hub sends itself messages."""
 
@@ -81,12 +82,10 @@ class Membership:
             layer = self.layer
             # Two who ask at once must not get two: one would be received on, the other joined.
             async with self._naming:
-                if self.channel is None and layer is self.layer:
-                    channel = await layer.new_channel("eventsource")
-                    if layer is self.layer:
-                        self.channel = channel
-                if self.channel is not None and layer is self.layer:
-                    return layer, self.channel
+                channel = self.channel or await layer.new_channel("eventsource")
+            if layer is self.layer:  # or it was replaced meanwhile
+                self.channel = channel
+                return layer, channel
 
     # Groups
 

@@ -591,8 +591,10 @@ async def test_a_reader_that_is_slow_all_the_time_is_not_cut_off(kind: str) -> N
 STALLED = 20
 EVENTS = 900
 BOUND = STALLED * 256 * 1024
-ALLOWANCE = 8 * 1024 * 1024 + 8_000_000
-"""What is kept of the history, and caches and fragmentation: the events alone are 270 MB."""
+ALLOWANCE = 8_000_000
+"""What the server's caches and fragmentation may add: the events alone are 270 MB."""
+HELD_BY_SERVER = {"granian": STALLED * 417_792}
+"""Its ``--http1-buffer-size`` for each connection, by default: docs/guarantees.rst names it."""
 
 
 @real
@@ -619,6 +621,6 @@ async def test_readers_that_stall_cost_bounded_memory(kind: str) -> None:
             peak = max(peak, memory_of(server))
         assert connections_to(server) == STALLED + 1
         print(f"{kind}: {(peak - before) / 1e6:.1f} MB for {STALLED} stalled readers")
-        assert peak - before < BOUND + ALLOWANCE
+        assert peak - before < BOUND + HELD_BY_SERVER.get(kind, 0) + ALLOWANCE
         for reader in [warm, *readers]:
             reader.close()

@@ -212,59 +212,6 @@ async def test_no_verdict_while_nobody_receives(
     await reader.close()
 
 
-async def test_a_layer_that_drops_messages(
-    membership: tuple[Membership, dict[str, Feed]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Over its capacity it does that: joining again is tried less and less often."""
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 0)
-    one, feeds = membership
-    feed = make_feed()
-    feeds[feed.group] = feed
-    layer = one.layer
-    assert isinstance(layer, Shared)
-    layer.deaf = True
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-
-    async def joins(seconds: int) -> list[int]:
-        times = []
-        for second in range(seconds):
-            before = layer.calls.count("group_add")
-            one.check(shared=True)
-            assert one._probing is not None
-            await one._probing
-            if feed.joining is not None:
-                await feed.joining
-            one.hear()  # of others, whose messages come
-            if layer.calls.count("group_add") > before:
-                times.append(second)
-            clock.now += 1
-        return times
-
-    assert await joins(75) == [0, 10, 30, 70]
-    one.answer()
-    assert await joins(15) == [0, 10]
-
-
-async def test_who_was_forgotten_joins_at_once(
-    membership: tuple[Membership, dict[str, Feed]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not only at the next head check, which may be far."""
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 0)
-    one, feeds = membership
-    feed = make_feed()
-    feeds[feed.group] = feed
-    feed.joined = True
-    layer = one.layer
-    assert isinstance(layer, Shared)
-    assert not one.check(shared=True)
-    assert one._probing is not None
-    await one._probing
-    assert feed.joining is not None
-    await feed.joining
-    assert len(layer.groups) == 2
-
-
 @pytest.mark.slow
 async def test_waits_that_end_when_a_probe_comes(
     settings, valkey_server: ValkeyServer, caplog: pytest.LogCaptureFixture
@@ -402,21 +349,47 @@ async def membership() -> AsyncIterator[tuple[Membership, dict[str, Feed]]]:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_a_join_that_hangs_while_the_layer_is_replaced(
-    membership: tuple[Membership, dict[str, Feed]],
-) -> None:
-    """The group is joined on the new layer at once; the old one's answer means nothing."""
-    one, feeds = membership
+def shared(one: Membership) -> Shared:
+    assert isinstance(one.layer, Shared)
+    return one.layer
+
+
+@pytest.fixture
+def feed(membership: tuple[Membership, dict[str, Feed]]) -> Feed:
+    """The only one that somebody listens to."""
+    _, feeds = membership
     feed = make_feed()
     feeds[feed.group] = feed
-    old = one.layer
-    assert isinstance(old, Shared)
+    return feed
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the membership goes by, and nobody else."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+async def checked(one: Membership) -> bool:
+    """Check, and wait until the probe has ended."""
+    deaf = one.check(shared=True)
+    assert one._probing is not None
+    await one._probing
+    return deaf
+
+
+async def test_a_join_that_hangs_while_the_layer_is_replaced(
+    membership: tuple[Membership, dict[str, Feed]], feed: Feed
+) -> None:
+    """The group is joined on the new layer at once; the old one's answer means nothing."""
+    one, _ = membership
+    old = shared(one)
     old.hang = asyncio.Event()
     one.begin_join(feed)
     await until(lambda: "group_add" in old.calls)
     one.replace()
-    new = one.layer
-    assert isinstance(new, Shared)
+    new = shared(one)
     old.hang.set()
     for _ in range(20):
         one.join_missing()
@@ -445,9 +418,50 @@ async def test_a_channel_that_is_named_while_the_layer_is_replaced(
     go_on.set()
     assert await asyncio.gather(*early) == [late, late]
     assert one.channel == late
-    new = one.layer
-    assert isinstance(new, Shared)
-    assert list(new.queues) == [late]
+    assert list(shared(one).queues) == [late]
+
+
+async def test_a_layer_that_drops_messages(
+    membership: tuple[Membership, dict[str, Feed]],
+    feed: Feed,
+    clock: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over its capacity it does that: joining again is tried less and less often."""
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0)
+    one, _ = membership
+    layer = shared(one)
+    layer.deaf = True
+
+    async def joins(seconds: int) -> list[int]:
+        times = []
+        for second in range(seconds):
+            before = layer.calls.count("group_add")
+            await checked(one)
+            if feed.joining is not None:
+                await feed.joining
+            one.hear()  # of others, whose messages come
+            if layer.calls.count("group_add") > before:
+                times.append(second)
+            clock.now += 1
+        return times
+
+    assert await joins(75) == [0, 10, 30, 70]
+    one.answer()
+    assert await joins(15) == [0, 10]
+
+
+async def test_who_was_forgotten_joins_at_once(
+    membership: tuple[Membership, dict[str, Feed]], feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only at the next head check, which may be far."""
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0)
+    one, _ = membership
+    feed.joined = True
+    assert not await checked(one)
+    assert feed.joining is not None
+    await feed.joining
+    assert len(shared(one).groups) == 2
 
 
 @pytest.mark.parametrize(
@@ -455,48 +469,39 @@ async def test_a_channel_that_is_named_while_the_layer_is_replaced(
 )
 async def test_a_probe_that_fails(
     membership: tuple[Membership, dict[str, Feed]],
+    feed: Feed,
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
     deaf: bool,
 ) -> None:
     """A broker that answers late may be deaf to us; one that is not there says nothing."""
-    one, feeds = membership
-    feed = make_feed()
-    feeds[feed.group] = feed
+    one, _ = membership
 
     async def send(channel: str, message: dict[str, Any]) -> None:
         raise error
 
     monkeypatch.setattr(one.layer, "send", send)
     monkeypatch.setattr(module, "DEAF_SECONDS", 0)
-    assert not one.check(shared=True)
-    assert one._probing is not None
-    await one._probing
+    assert not await checked(one)
     assert one.check(shared=True) is deaf
 
 
 async def test_a_probe_that_fails_after_one_that_was_lost(
-    membership: tuple[Membership, dict[str, Feed]], monkeypatch: pytest.MonkeyPatch
+    membership: tuple[Membership, dict[str, Feed]],
+    feed: Feed,
+    clock: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The one that was lost still counts: deafness is measured from there."""
     monkeypatch.setattr(module, "ANSWER_SECONDS", 0)
-    one, feeds = membership
-    feed = make_feed()
-    feeds[feed.group] = feed
-    layer = one.layer
-    assert isinstance(layer, Shared)
-    layer.deaf = True
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    assert not one.check(shared=True)
-    assert one._probing is not None
-    await one._probing
-    layer.failing.add("send")
+    one, _ = membership
+    shared(one).deaf = True
+    assert not await checked(one)
+    shared(one).failing.add("send")
     clock.now += module.DEAF_SECONDS
-    assert not one.check(shared=True)
-    await one._probing
+    assert not await checked(one)
     clock.now += 1
-    assert one.check(shared=True)
+    assert await checked(one)
 
 
 @pytest.mark.parametrize(
@@ -504,19 +509,16 @@ async def test_a_probe_that_fails_after_one_that_was_lost(
 )
 async def test_groups_are_joined_again_before_they_expire(
     membership: tuple[Membership, dict[str, Feed]],
-    monkeypatch: pytest.MonkeyPatch,
+    feed: Feed,
+    clock: SimpleNamespace,
     expiry: int | None,
     after: float,
 ) -> None:
     """The layer's ``group_expiry`` says when it forgets its members."""
-    one, feeds = membership
-    feed = make_feed()
-    feeds[feed.group] = feed
+    one, _ = membership
     layer: Any = one.layer
     if expiry is not None:
         layer.group_expiry = expiry
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     one.forget()
     feed.joined = True
     clock.now += after - 0.1
@@ -532,8 +534,7 @@ async def test_a_broker_that_is_down_is_told_once(
 ) -> None:
     """Not for each of many tokens; and again only after it has worked."""
     one, feeds = membership
-    layer = one.layer
-    assert isinstance(layer, Shared)
+    layer = shared(one)
     layer.failing.add("group_add")
     for n in range(20):
         feed = make_feed(f"t{n}")
@@ -559,8 +560,7 @@ async def test_leaving_many_groups_of_a_broker_that_is_down(
 ) -> None:
     """That is told once, too."""
     one, _ = membership
-    layer = one.layer
-    assert isinstance(layer, Shared)
+    layer = shared(one)
     layer.failing.add("group_discard")
     for n in range(20):
         await one.leave(group_name(f"t{n}"))
@@ -573,8 +573,7 @@ async def test_a_group_that_is_wanted_again_is_not_left(
 ) -> None:
     """Somebody came while the last one was leaving."""
     one, feeds = membership
-    layer = one.layer
-    assert isinstance(layer, Shared)
+    layer = shared(one)
     feed = make_feed()
     feeds[feed.group] = feed
     await one.leave(feed.group)
