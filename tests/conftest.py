@@ -17,6 +17,8 @@ from django_eventsource.history import History, get_history
 from tests import mariadb
 from tests.valkey import ValkeyServer, close_shared_server, empty_shared_server, shared_server
 
+pytest_plugins = ["tests.skip_summary"]
+
 
 @pytest.fixture(scope="session")
 def mariadb_server() -> Iterator[mariadb.Server | None]:

@@ -198,8 +198,8 @@ class Hosts:
             redis = importlib.import_module("redis")
         except ImportError as error:
             raise ImproperlyConfigured(
-                "RedisHistory needs redis-py, which is not installed: "
-                'pip install "django-eventsource[redis]"'
+                "RedisHistory needs the package redis (redis-py), which is not installed: "
+                "python -m pip install redis channels_redis"
             ) from error
         if not isinstance(hosts, list | tuple) or not hosts:
             raise ImproperlyConfigured(
