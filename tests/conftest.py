@@ -17,7 +17,7 @@ from django_eventsource.history import History, get_history
 from tests import mariadb
 from tests.valkey import ValkeyServer, close_shared_server, empty_shared_server, shared_server
 
-pytest_plugins = ["tests.skip_summary"]
+pytest_plugins = ["tests.browser", "tests.skip_summary"]
 
 
 @pytest.fixture(scope="session")

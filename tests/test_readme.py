@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
-import io
 import json
-import os
 import random
 import re
 import shlex
-import subprocess
-import sys
 from configparser import ConfigParser
-from functools import cache
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -28,7 +22,6 @@ from django.test import RequestFactory
 from django.urls import resolve
 from django.utils.module_loading import import_string
 from docutils import nodes
-from docutils.core import publish_doctree
 
 import django_eventsource
 from django_eventsource import events, signals
@@ -42,8 +35,8 @@ from django_eventsource.listeners import Listener
 from django_eventsource.policies import AllowAny
 from django_eventsource.streams import Reason
 from django_eventsource.tokens import CONTROL_TOKEN
+from tests.pages import ROOT, blocks, literals, read_page, section, tables
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.rst", "CHANGELOG.rst"]
 PAGES += ["docs/architecture.rst", "docs/guarantees.rst", "docs/performance.rst"]
 COMMANDS = ["send_event", "listen_events", "create_grant", "prune_events"]
@@ -55,56 +48,6 @@ CLASSIC = {
 
 
 # Reading
-
-
-@cache
-def read_page(name: str) -> tuple[nodes.document, str]:
-    """Give a page as a tree, and what docutils has to say about it."""
-    warnings = io.StringIO()
-    tree = publish_doctree(
-        (ROOT / name).read_text(),
-        source_path=name,
-        settings_overrides={"report_level": 1, "halt_level": 5, "warning_stream": warnings},
-    )
-    return tree, warnings.getvalue()
-
-
-def section(title: str) -> nodes.section:
-    """Give the section of the README with a title."""
-    for node in read_page("README.rst")[0].findall(nodes.section):
-        if node.next_node(nodes.title).astext() == title:
-            return node
-    raise AssertionError(f"The README has no section {title!r}.")
-
-
-def blocks(language: str, node: nodes.Element | None = None) -> list[str]:
-    """Give the code blocks in a language."""
-    node = read_page("README.rst")[0] if node is None else node
-    return [
-        block.astext()
-        for block in node.findall(nodes.literal_block)
-        if language in block["classes"]
-    ]
-
-
-def tables(title: str) -> list[list[list[str]]]:
-    """Give the tables of a section, as rows of cells of text."""
-    return [
-        [[cell.astext() for cell in row.children] for row in table.findall(nodes.row)]
-        for table in section(title).findall(nodes.table)
-    ]
-
-
-def literals(node: nodes.Element) -> list[str]:
-    """Give what is set in code type, in text and in blocks."""
-    found = [
-        " ".join(item.astext().split())
-        for item in node.findall(nodes.literal)
-        if "code" not in item["classes"]
-    ]
-    for block in node.findall(nodes.literal_block):
-        found += block.astext().splitlines()
-    return found
 
 
 def run_block(title: str, number: int = 0) -> dict[str, object]:
@@ -460,68 +403,6 @@ async def test_signals_example(memory_history, capsys):
     assert capsys.readouterr().out == (
         "7 listens to ('t',)\n7 listened for 2 seconds: left\nt ping None\n"
     )
-
-
-# The first use, as printed
-
-
-def test_first_use(tmp_path):
-    """A new project that follows the five steps works, and so do the examples of tests."""
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("DJANGO_SETTINGS_MODULE", "PYTHONPATH")
-    }
-    environment["PYTHONPATH"] = str(ROOT)
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    first_use = section("First use in an existing project")
-    settings, asgi, urls, views = blocks("python", first_use)
-    (page,) = blocks("html", first_use) or blocks("html+django", first_use)
-    tests = "\n\n".join([*blocks("python", section("Testing your project")), PAGE_TEST])
-    run("-m", "django", "startproject", "mysite", ".")
-    run("manage.py", "startapp", "news")
-    append(tmp_path / "mysite" / "settings.py", settings)
-    append(tmp_path / "mysite" / "urls.py", urls)
-    (tmp_path / "mysite" / "asgi.py").write_text(asgi)
-    (tmp_path / "news" / "views.py").write_text(views)
-    (tmp_path / "news" / "templates").mkdir()
-    (tmp_path / "news" / "templates" / "news.html").write_text(page)
-    (tmp_path / "news" / "tests.py").write_text(tests)
-    assert "no issues" in run("manage.py", "check")
-    run("manage.py", "migrate")
-    assert re.fullmatch(r"\d{16}\n", run("manage.py", "send_event", "news", "ping", "Hello"))
-    assert "Ran 3 tests" in run("manage.py", "test")
-
-
-PAGE_TEST = """
-from django.test import TransactionTestCase
-
-
-class PageTests(TransactionTestCase):
-    def test_page(self):
-        page = self.client.get("/news/").content.decode()
-        self.assertIn('new EventSource("/events/poll/news?grant=', page)
-        response = self.client.post("/news/", {"text": "Hello"})
-        self.assertRedirects(response, "/news/")
-        self.assertEqual(StoredEvent.objects.get().text(), "Hello")
-"""
-
-
-def append(path: Path, *texts: str) -> None:
-    """Put text at the end of a file."""
-    path.write_text("\n\n".join([path.read_text(), *texts]) + "\n")
 
 
 # The classic library
