@@ -130,13 +130,16 @@ class Hub:
         """Receive for ever. Never cancelled to do something else: that loses messages."""
         failures = 0
         membership = self._membership
-        while True:
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        # A layer may swallow the cancellation: asyncio.wait_for does on Python 3.11 when a
+        # message arrives in the same moment.
+        while not task.cancelling():
             began = time.monotonic()
             membership.receiving = True
             try:
                 message = await membership.layer.receive(await membership.get_channel())
             except Exception as error:
-                if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
+                if task.cancelling():
                     # A time-out in the same moment has taken the cancellation's place.
                     raise asyncio.CancelledError from error
                 # redis-py 8 ends a wait after 5 s by default.

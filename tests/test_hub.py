@@ -858,3 +858,26 @@ async def test_a_cancellation_that_a_time_out_hides(settings) -> None:
     hub._receiving.cancel()
     await asyncio.wait([hub._receiving], timeout=SECONDS)
     assert hub._receiving.cancelled()
+
+
+class ReturnsWhenCancelled(FaultyLayer):
+    """A layer that returns a message in place of the cancellation of a wait."""
+
+    async def receive(self, channel: str) -> Any:
+        self._call("receive", channel)
+        try:
+            return await super().receive(channel)
+        except asyncio.CancelledError:
+            return {"type": "eventsource.probe"}
+
+
+async def test_the_receive_task_ends_although_the_layer_swallows_its_cancellation(
+    settings,
+) -> None:
+    """The task receives no further message after it was cancelled."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_hub.ReturnsWhenCancelled"}}
+    hub = get_hub()
+    await until(lambda: [call for call in layer_of(hub).calls if call[0] == "receive"])
+    hub._receiving.cancel()
+    await asyncio.wait([hub._receiving], timeout=SECONDS)
+    assert hub._receiving.done()
