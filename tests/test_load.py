@@ -998,6 +998,7 @@ async def test_nothing_is_measured_without_a_process(program: Path) -> None:
         assert result[name] is None
 
 
+@pytest.mark.usefixtures("built")  # Skips the test where there is no compiler.
 async def test_a_machine_that_does_not_count_instructions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
