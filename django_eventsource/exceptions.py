@@ -1,5 +1,9 @@
 """What can go wrong, as classes. All of them are :class:`EventSourceError`."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class EventSourceError(Exception):
     """Base of every error this package raises itself."""
@@ -51,6 +55,17 @@ class DeliveryFailed(EventSourceError):
     A durable event never raises this: it is stored, and listeners find it in
     the history.
     """
+
+
+class EventTooLarge(EventSourceError):
+    """A received event has more bytes than the decoder's ``max_event_bytes``.
+
+    ``events`` holds the events that the same bytes completed before it.
+    """
+
+    def __init__(self, max_event_bytes: int, events: list[Any]) -> None:
+        self.events = events
+        super().__init__(f"The event has more than {max_event_bytes} bytes.")
 
 
 class ClientError(EventSourceError):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import codecs
 from dataclasses import dataclass
 
+from .exceptions import EventTooLarge
+
 CONTENT_TYPE = "text/event-stream"
 
 KEEPALIVE = b": keepalive\n"
@@ -16,6 +18,9 @@ KEEPALIVE = b": keepalive\n"
 
 MAX_RETRY_MS = 10**15 - 1
 """The longest reconnection time that is sent, and the one a longer one is read as."""
+
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+"""The most bytes of one received event, unless the decoder is given another number."""
 
 
 # Events to bytes
@@ -75,81 +80,92 @@ class ServerSentEvent:
 class Decoder:
     """Incremental decoder of one event stream.
 
-    Feed it what arrives, cut anywhere. Use a new one for each connection, starting with
-    the last event id of the one before.
+    Feed it the bytes of the stream, cut anywhere. Use a new decoder for each connection, and
+    start it with the last event id of the one before.
 
     :param last_event_id: the id to start from.
+    :param max_event_bytes: the most bytes that a line may have, together with the data lines
+        of its event before it.
+    :raises ValueError: if ``max_event_bytes`` is less than 1.
     """
 
-    def __init__(self, last_event_id: str = "") -> None:
+    def __init__(self, last_event_id: str = "", *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        if max_event_bytes < 1:
+            raise ValueError(f"max_event_bytes must be 1 or more, not {max_event_bytes}.")
         self.last_event_id = last_event_id
         """The last event id, as committed by the blank lines seen so far."""
         self.retry_ms: int | None = None
         """The last reconnection time the server set, milliseconds."""
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._max_event_bytes = max_event_bytes
         self._at_start = True
         self._after_cr = False
-        self._line: list[str] = []
+        # Bytes, and not lists of texts: short lines and chunks would cost an object each.
+        self._line = bytearray()
+        self._data = bytearray()
+        self._event = ""
         self._id_buffer = last_event_id
-        self._reset_block()
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """Take the next bytes and give the events that they complete."""
-        text = self._utf8.decode(chunk)
-        if self._at_start and text:
-            self._at_start = False
-            text = text.removeprefix("\ufeff")
-        if self._after_cr and text:
-            # A CR ended the last line already; an LF right after it is its other half.
+        """Return the events that the next bytes of the stream complete.
+
+        :raises EventTooLarge: if an event has more than ``max_event_bytes``. The decoder cannot
+            be used after that.
+        """
+        if self._after_cr and chunk:
+            # The CR ended the line already; an LF right after it belongs to the same line end.
             self._after_cr = False
-            text = text.removeprefix("\n")
-        if not text:
+            chunk = chunk.removeprefix(b"\n")
+        if not chunk:
             return []
-        self._after_cr = text.endswith("\r")
-        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        rest = lines.pop()
-        events = []
+        self._after_cr = chunk.endswith(b"\r")
+        *lines, rest = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        events: list[ServerSentEvent] = []
         for line in lines:
+            if len(self._line) + len(line) + len(self._data) > self._max_event_bytes:
+                raise EventTooLarge(self._max_event_bytes, events)
             if self._line:
-                self._line.append(line)
-                line = "".join(self._line)
+                self._line += line
+                line = bytes(self._line)
                 self._line.clear()
             event = self._end_line(line)
             if event is not None:
                 events.append(event)
-        if rest:
-            self._line.append(rest)
+        self._line += rest
+        if len(self._line) + len(self._data) > self._max_event_bytes:
+            raise EventTooLarge(self._max_event_bytes, events)
         return events
 
-    def _end_line(self, line: str) -> ServerSentEvent | None:
+    def _end_line(self, line: bytes) -> ServerSentEvent | None:
+        if self._at_start:
+            self._at_start = False
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line:
             return self._end_block()
-        name, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if name == "data":
-            self._data.append(value)
-        elif name == "event":
-            self._event = value
-        elif name == "id":
-            if "\0" not in value:
-                self._id_buffer = value
-        elif name == "retry" and value.isascii() and value.isdigit():
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            self._data += value
+            self._data += b"\n"
+        elif name == b"event":
+            self._event = value.decode(errors="replace")
+        elif name == b"id":
+            if b"\0" not in value:
+                self._id_buffer = value.decode(errors="replace")
+        elif name == b"retry" and value.isdigit():
             # Bounded before int(), which refuses more than 4,300 digits.
-            self.retry_ms = min(int(value.lstrip("0")[:18] or "0"), MAX_RETRY_MS)
+            self.retry_ms = min(int(value.lstrip(b"0")[:18] or b"0"), MAX_RETRY_MS)
         return None
 
     def _end_block(self) -> ServerSentEvent | None:
         self.last_event_id = self._id_buffer
         event = None
         if self._data:
+            del self._data[-1]  # the line end after the last line
             event = ServerSentEvent(
                 event=self._event or "message",
-                data="\n".join(self._data),
+                data=self._data.decode(errors="replace"),
                 id=self.last_event_id,
             )
-        self._reset_block()
-        return event
-
-    def _reset_block(self) -> None:
+            self._data.clear()
         self._event = ""
-        self._data: list[str] = []
+        return event

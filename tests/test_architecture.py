@@ -16,7 +16,8 @@ ROOT = Path(django_eventsource.__file__).parent
 
 LAYERS = [
     # 0: the standard library only
-    ["exceptions", "frames", "batches", "inbox"],
+    ["exceptions", "batches", "inbox"],
+    ["frames"],
     ["buffers"],
     ["events"],
     ["resets"],

@@ -7,7 +7,11 @@ import pytest
 from django_eventsource import exceptions
 from django_eventsource.exceptions import ClientError, EventSourceError, RateLimited, UnknownAction
 
-CLASSES = [value for value in vars(exceptions).values() if isinstance(value, type)]
+CLASSES = [
+    value
+    for value in vars(exceptions).values()
+    if getattr(value, "__module__", None) == exceptions.__name__
+]
 
 
 @pytest.mark.parametrize("error_class", CLASSES, ids=lambda error_class: error_class.__name__)

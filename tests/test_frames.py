@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from django_eventsource.events import (
     check_field,
     check_id,
 )
-from django_eventsource.exceptions import InvalidEvent
+from django_eventsource.exceptions import EventTooLarge, InvalidEvent
 from django_eventsource.frames import (
     CONTENT_TYPE,
     KEEPALIVE,
@@ -357,6 +358,81 @@ def test_client_6_other_retry_is_ignored(value):
 def test_client_7_final_block_without_blank_line_is_discarded(rest):
     """What was not ended was not received."""
     assert data_of(b"data: a\n\n" + rest) == ["a"]
+
+
+# The bound on one event
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"data: 12345",
+        b"data: 1234\ndata: 5",
+        b"data: 12345\n\n",
+        b"data\n" * 10 + b"\n",
+        b": a long comment",
+        b"id: 1234567",
+        b"x" * 11,
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("bytewise", [False, True])
+def test_an_event_of_more_bytes_than_max_event_bytes_raises(stream, bytewise):
+    """A line, together with the data before it, has a bound; an unfinished line counts too."""
+    decoder = Decoder(max_event_bytes=10)
+    chunks = [stream[n : n + 1] for n in range(len(stream))] if bytewise else [stream]
+    with pytest.raises(EventTooLarge, match=r"^The event has more than 10 bytes\.$"):
+        for chunk in chunks:
+            decoder.feed(chunk)
+
+
+@pytest.mark.parametrize(
+    "stream", [b"data: 1234\n\n", b"data:\ndata: 123\n\n", b": keepalive\n" * 9, b"id: 123456\n\n"]
+)
+def test_events_within_max_event_bytes_are_decoded(stream):
+    """The bound is on one event: further events, ids and comments do not add up."""
+    decoder = Decoder(max_event_bytes=11)
+    once = decoder.feed(stream)
+    assert decoder.feed(stream * 50) == once * 50
+
+
+def test_event_too_large_contains_the_events_before_it():
+    """What the same bytes completed before the oversized event is not lost."""
+    decoder = Decoder(max_event_bytes=10)
+    with pytest.raises(EventTooLarge) as caught:
+        decoder.feed(b"id: 1\ndata: a\n\nid: 2\ndata: 12345678")
+    assert caught.value.events == [ServerSentEvent(data="a", id="1")]
+    assert decoder.last_event_id == "1"
+
+
+def test_max_event_bytes_is_16_mib_by_default():
+    """An endless line is an error long before it fills the memory."""
+    decoder = Decoder()
+    chunk = b"x" * 2**20
+    for _ in range(16):
+        decoder.feed(chunk)
+    with pytest.raises(EventTooLarge, match="16777216 bytes"):
+        decoder.feed(b"x")
+
+
+def test_max_event_bytes_must_be_positive():
+    """A bound of 0 is an error, and there is no way to have none."""
+    with pytest.raises(ValueError, match="max_event_bytes must be 1 or more, not 0"):
+        Decoder(max_event_bytes=0)
+
+
+@pytest.mark.parametrize("unit", [b"data: ab\n", b"data\n", b"ab"], ids=repr)
+def test_an_unfinished_event_takes_about_its_bytes_in_memory(unit):
+    """Many short lines, or short chunks of a long line, cost no object each."""
+    decoder = Decoder()
+    tracemalloc.start()
+    try:
+        for _ in range(2**20 // len(unit)):
+            decoder.feed(unit)
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < 1.5 * 2**20
 
 
 # The standard's own examples
