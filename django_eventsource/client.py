@@ -22,15 +22,16 @@ from .connection import (
     Auth,
     Headers,
     Target,
-    aiter_bytes,
+    aiter_raw,
     aread_excerpt,
+    content_encoding,
     media_type,
     printable,
     read_excerpt,
     refusal,
 )
-from .exceptions import ClientError
-from .frames import CONTENT_TYPE, Decoder, ServerSentEvent
+from .exceptions import ClientError, EventTooLarge
+from .frames import CONTENT_TYPE, MAX_EVENT_BYTES, Decoder, ServerSentEvent
 
 MAX_BACKOFF_SECONDS = 60.0
 """The longest back-off. A longer retry time of the server's is still respected."""
@@ -58,6 +59,7 @@ class _Listener:
         retry_ms: int = 3000,
         reconnect_on_end: bool = True,
         reconnect_on_error: bool = True,
+        max_event_bytes: int = MAX_EVENT_BYTES,
         read_timeout_seconds: float | None = None,
         verify: bool | ssl.SSLContext = True,
         on_diagnostic: Callable[[str], object] | None = None,
@@ -84,8 +86,10 @@ class _Listener:
         self._on_diagnostic = on_diagnostic
         self._on_error = on_error
         self._jitter = jitter
+        self._max_event_bytes = max_event_bytes
         self._events: deque[ServerSentEvent] = deque()
-        self._decoder = Decoder(self.last_event_id)
+        self._failure: ClientError | None = None
+        self._decoder = self._make_decoder()
         self._fruitless = 0
         self._wait_seconds = 0.0
         self._finished = self.no_content = False
@@ -105,17 +109,26 @@ class _Listener:
             headers.update([(b"Last-Event-ID", self.last_event_id.strip(" \t").encode())])
         return headers
 
+    def _make_decoder(self) -> Decoder:
+        return Decoder(self.last_event_id, max_event_bytes=self._max_event_bytes)
+
     def _take(self) -> ServerSentEvent | None:
-        """Give the next event that has arrived, if any."""
+        """Return the next event that has arrived, if any.
+
+        :raises ClientError: if no event is left before one that is too large.
+        """
         if self._events:
             event = self._events.popleft()
             self.last_event_id = event.id
             return event
         self.last_event_id = self._decoder.last_event_id
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         return None
 
     def _connected(self, response: httpx.Response) -> None:
-        self._decoder = Decoder(self.last_event_id)
+        self._decoder = self._make_decoder()
         name = printable(response.url)
         if response.status_code == httpx.codes.NO_CONTENT:
             self._finished = self.no_content = True
@@ -125,7 +138,15 @@ class _Listener:
 
     def _feed(self, chunk: bytes) -> None:
         self._fruitless = 0
-        self._events.extend(self._decoder.feed(chunk))
+        try:
+            self._events.extend(self._decoder.feed(chunk))
+        except EventTooLarge as error:
+            self._events.extend(error.events)
+            # Not answered by reconnecting, which would receive the same event.
+            self._failure = ClientError(
+                f"{self._target.name} sent an event of more than {self._max_event_bytes} bytes "
+                "(max_event_bytes)."
+            )
         if self._decoder.retry_ms is not None:
             self.retry_ms = self._decoder.retry_ms
 
@@ -167,7 +188,8 @@ class _Listener:
     def _end(self) -> None:
         self._finished = True
         self._events.clear()
-        self._decoder = Decoder(self.last_event_id)
+        self._failure = None
+        self._decoder = self._make_decoder()
 
     def _say(self, text: str) -> None:
         if self._on_diagnostic is not None:
@@ -176,8 +198,9 @@ class _Listener:
 
 def _is_usable(response: httpx.Response) -> bool:
     """Tell whether the response is a stream, or the answer that there is none any more."""
-    status = response.status_code
-    return status == 204 or (status == 200 and media_type(response) == CONTENT_TYPE)
+    if response.status_code == httpx.codes.OK:
+        return media_type(response) == CONTENT_TYPE and content_encoding(response) is None
+    return response.status_code == httpx.codes.NO_CONTENT
 
 
 def _unsendable(event_id: str) -> str:
@@ -202,6 +225,8 @@ class EventSourceClient(_Listener):
         another one. It grows to a minute while no byte arrives.
     :param reconnect_on_end: whether to reconnect when the server ends the stream properly.
     :param reconnect_on_error: whether to reconnect after any failure.
+    :param max_event_bytes: the most bytes of one event. A larger one is a failure that is not
+        answered by reconnecting.
     :param read_timeout_seconds: how long the stream may be silent; ``None`` for ever.
     :param verify: ``False`` to accept any certificate, or an ``ssl.SSLContext``.
     :param on_diagnostic: is given a line of text at each step.
@@ -226,15 +251,15 @@ class EventSourceClient(_Listener):
         return self
 
     def __next__(self) -> ServerSentEvent:
-        while (event := self._take()) is None:
-            if self._finished:
-                self.close()
-                raise StopIteration
-            try:
+        try:
+            while (event := self._take()) is None:
+                if self._finished:
+                    self.close()
+                    raise StopIteration
                 self._step()
-            except BaseException:
-                self._disconnect()
-                raise
+        except BaseException:
+            self._disconnect()
+            raise
         return event
 
     def close(self) -> None:
@@ -269,14 +294,12 @@ class EventSourceClient(_Listener):
             self._disconnect()
             self._failed(error, "Cannot connect to")
         else:
-            self._chunks = response.iter_bytes()
+            self._chunks = response.iter_raw()
             self._connected(response)
 
     def _open(self, headers: httpx.Headers) -> httpx.Response:
         if self._http is None:
-            self._http = httpx.Client(
-                **self._options, event_hooks={"request": [self._target.guard]}
-            )
+            self._http = httpx.Client(**self._options, event_hooks=self._target.hooks())
         request = self._http.build_request("GET", self._target.url, headers=headers)
         return self._http.send(request, stream=True)
 
@@ -321,15 +344,15 @@ class AsyncEventSourceClient(_Listener):
         return self
 
     async def __anext__(self) -> ServerSentEvent:
-        while (event := self._take()) is None:
-            if self._finished:
-                await self.aclose()
-                raise StopAsyncIteration
-            try:
+        try:
+            while (event := self._take()) is None:
+                if self._finished:
+                    await self.aclose()
+                    raise StopAsyncIteration
                 await self._step()
-            except BaseException:
-                await self._disconnect()
-                raise
+        except BaseException:
+            await self._disconnect()
+            raise
         return event
 
     async def aclose(self) -> None:
@@ -364,16 +387,12 @@ class AsyncEventSourceClient(_Listener):
             await self._disconnect()
             self._failed(error, "Cannot connect to")
         else:
-            self._chunks = aiter_bytes(response)
+            self._chunks = aiter_raw(response)
             self._connected(response)
 
     async def _open(self, headers: httpx.Headers) -> httpx.Response:
         if self._http is None:
-
-            async def guard(request: httpx.Request) -> None:
-                self._target.guard(request)
-
-            self._http = httpx.AsyncClient(**self._options, event_hooks={"request": [guard]})
+            self._http = httpx.AsyncClient(**self._options, event_hooks=self._target.async_hooks())
         request = self._http.build_request("GET", self._target.url, headers=headers)
         return await self._http.send(request, stream=True)
 

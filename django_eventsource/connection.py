@@ -11,7 +11,7 @@ import re
 import socket
 import ssl
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from types import AsyncGeneratorType
 from typing import Any, cast
 
@@ -77,6 +77,21 @@ class Target:
             "mounts": dict.fromkeys(_LOOPBACK),
             "timeout": httpx.Timeout(CONNECT_TIMEOUT_SECONDS, read=read_timeout_seconds),
         }
+
+    def hooks(self) -> dict[str, list[Callable[..., None]]]:
+        """Return the event hooks of an ``httpx.Client``."""
+        return {"request": [self.guard], "response": [cut_body]}
+
+    def async_hooks(self) -> dict[str, list[Callable[..., Awaitable[None]]]]:
+        """Return the event hooks of an ``httpx.AsyncClient``."""
+
+        async def guard(request: httpx.Request) -> None:
+            self.guard(request)
+
+        async def cut(response: httpx.Response) -> None:
+            cut_body(response)
+
+        return {"request": [guard], "response": [cut]}
 
     def guard(self, request: httpx.Request) -> None:
         """Take the caller's headers off a request that a redirect sends to another origin.
@@ -177,9 +192,52 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
                 todo.extend(cause.exceptions)
 
 
-def aiter_bytes(response: httpx.Response) -> AsyncGeneratorType[bytes, None]:
-    """Give the body's chunks, as the generator that httpx makes but does not declare."""
-    return cast("AsyncGeneratorType[bytes, None]", response.aiter_bytes())
+# Responses
+
+
+class _CutStream(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """The body of a response, which ends after the chunk that reaches ``length`` bytes."""
+
+    def __init__(self, stream: Any, length: int) -> None:
+        self._stream = stream
+        self._length = length
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._stream if self._length else ():
+            yield chunk
+            self._length -= len(chunk)
+            if self._length <= 0:
+                break
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._length:
+            async for chunk in self._stream:
+                yield chunk
+                self._length -= len(chunk)
+                if self._length <= 0:
+                    break
+
+    def close(self) -> None:
+        self._stream.close()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def cut_body(response: httpx.Response) -> None:
+    """Cut the body of a response other than 200 to the excerpt that may explain the status.
+
+    httpx reads and decompresses the body of a redirect, and of a response that an
+    ``httpx.Auth`` answers, without a limit.
+    """
+    if response.status_code != httpx.codes.OK:
+        is_text = media_type(response) == "text/plain" and content_encoding(response) is None
+        response.stream = _CutStream(response.stream, _MAX_EXCERPT_BYTES if is_text else 0)
+
+
+def aiter_raw(response: httpx.Response) -> AsyncGeneratorType[bytes, None]:
+    """Return the body's chunks as the generator that httpx makes but does not declare."""
+    return cast("AsyncGeneratorType[bytes, None]", response.aiter_raw())
 
 
 def media_type(response: httpx.Response) -> str:
@@ -187,14 +245,19 @@ def media_type(response: httpx.Response) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
+def content_encoding(response: httpx.Response) -> str | None:
+    """Return the Content-Encoding of a response, or ``None`` if the body is not encoded."""
+    encoding: str = response.headers.get("Content-Encoding", "")
+    names = {name.strip().lower() for name in encoding.split(",")}
+    return encoding if names - {"", "identity"} else None
+
+
 def refusal(response: httpx.Response, body: bytes) -> ClientError:
     """Put an answer that is of no use in one line, with the beginning of its body."""
     status = response.status_code
     name = printable(response.url)
-    if status == 200:
-        kind = media_type(response)
-        given = f"the content type {kind!r}" if kind else "no content type"
-        return ClientError(f"{name} answered with {given}, not {CONTENT_TYPE}.", status)
+    if status == httpx.codes.OK:
+        return ClientError(f"{name} answered with {_misfit(response)}", status)
     text = f"{name} answered {status} {httpx.codes.get_reason_phrase(status)}".rstrip()
     if body.strip():
         line = body.decode(errors="replace").strip().splitlines()[0]
@@ -204,12 +267,24 @@ def refusal(response: httpx.Response, body: bytes) -> ClientError:
     return ClientError(text if text.endswith(".") else f"{text}.", status)
 
 
+def _misfit(response: httpx.Response) -> str:
+    encoding = content_encoding(response)
+    if encoding is not None:
+        return (
+            f"Content-Encoding {encoding!r}, though the client accepts identity only. "
+            "Turn off compression for this URL."
+        )
+    kind = media_type(response)
+    given = f"the content type {kind!r}" if kind else "no content type"
+    return f"{given}, not {CONTENT_TYPE}."
+
+
 def read_excerpt(response: httpx.Response) -> bytes:
     """Read the beginning of a body that may explain the status."""
     body = b""
     if _has_excerpt(response):
         with contextlib.suppress(httpx.HTTPError):
-            for chunk in response.iter_bytes():
+            for chunk in response.iter_raw():
                 body += chunk
                 if _is_enough(body):
                     break
@@ -220,7 +295,7 @@ async def aread_excerpt(response: httpx.Response) -> bytes:
     """Do what :func:`read_excerpt` does, in asynchronous code."""
     body = b""
     if _has_excerpt(response):
-        async with contextlib.aclosing(aiter_bytes(response)) as chunks:
+        async with contextlib.aclosing(aiter_raw(response)) as chunks:
             with contextlib.suppress(httpx.HTTPError):
                 async for chunk in chunks:
                     body += chunk
@@ -232,8 +307,8 @@ async def aread_excerpt(response: httpx.Response) -> bytes:
 def _has_excerpt(response: httpx.Response) -> bool:
     # httpcore looks the time-out up again before it reads the body.
     response.request.extensions["timeout"]["read"] = EXCERPT_TIMEOUT_SECONDS
-    return media_type(response) == "text/plain"
+    return response.status_code != httpx.codes.OK
 
 
 def _is_enough(body: bytes) -> bool:
-    return len(body) >= _MAX_EXCERPT_BYTES or b"\n" in body.lstrip()
+    return b"\n" in body.lstrip()

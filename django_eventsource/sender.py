@@ -9,7 +9,15 @@ from typing import Any, Self
 
 import httpx
 
-from .connection import FAILURES, Auth, Headers, Target, read_excerpt, refusal
+from .connection import (
+    FAILURES,
+    Auth,
+    Headers,
+    Target,
+    content_encoding,
+    read_excerpt,
+    refusal,
+)
 from .exceptions import ClientError
 
 _MAX_ANSWER_BYTES = 64 * 1024
@@ -41,10 +49,17 @@ class EventSender:
         timeout_seconds: float = 30.0,
     ) -> None:
         self._target = Target(url, headers, auth)
-        self._headers = httpx.Headers({"Accept": "application/json", "Content-Type": content_type})
+        self._headers = httpx.Headers(
+            {
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+                "Content-Type": content_type,
+            }
+        )
         self._headers.update(self._target.headers)
         self._http = httpx.Client(
             **self._target.options(verify, timeout_seconds),
+            event_hooks=self._target.hooks(),
             # Well below the time after which servers close an idle connection.
             limits=httpx.Limits(keepalive_expiry=1.0),
         )
@@ -72,7 +87,7 @@ class EventSender:
             with self._http.stream(
                 "POST", self._target.url, content=body, headers=self._headers
             ) as response:
-                if response.status_code != httpx.codes.OK:
+                if response.status_code != httpx.codes.OK or content_encoding(response):
                     raise refusal(response, read_excerpt(response))
                 return self._event_id(response)
         except FAILURES as error:
@@ -81,7 +96,7 @@ class EventSender:
 
     def _event_id(self, response: httpx.Response) -> str | None:
         answer = b""
-        for chunk in response.iter_bytes():
+        for chunk in response.iter_raw():
             answer += chunk
             if len(answer) > _MAX_ANSWER_BYTES:
                 break

@@ -62,9 +62,11 @@ class AsyncClient(AsyncEventSourceClient):
 class Result:
     """What a client did until its end."""
 
-    def __init__(self, client: Client | AsyncClient) -> None:
+    def __init__(self, client: Client | AsyncClient, seen: list[Result] | None) -> None:
         self.client = client
         self.events: list[ServerSentEvent] = []
+        if seen is not None:
+            seen.append(self)  # for tests whose client fails
 
     @property
     def data(self) -> list[str]:
@@ -78,17 +80,17 @@ class Result:
 Listen = Callable[..., Result]
 
 
-def listen_sync(url: str, **options: Any) -> Result:
+def listen_sync(url: str, seen: list[Result] | None = None, **options: Any) -> Result:
     with Client(url, **{"verify": VERIFIED} | options) as client:
-        result = Result(client)
+        result = Result(client, seen)
         result.events.extend(client)
     return result
 
 
-def listen_async(url: str, **options: Any) -> Result:
+def listen_async(url: str, seen: list[Result] | None = None, **options: Any) -> Result:
     async def main() -> Result:
         async with AsyncClient(url, **{"verify": VERIFIED} | options) as client:
-            result = Result(client)
+            result = Result(client, seen)
             async for event in client:
                 result.events.append(event)
         return result
@@ -417,16 +419,106 @@ def test_another_content_type_is_an_error(
     assert error.status == 200
 
 
-def test_a_compressed_stream_is_read(listen: Listen) -> None:
-    """A server that compresses though nobody asked is understood."""
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "GZIP , gzip"])
+def test_a_compressed_stream_is_refused(listen: Listen, encoding: str) -> None:
+    """No byte is decompressed: a few bytes could become gigabytes."""
+    body = gzip.compress(b"data: a\n\n")
+    with Server(
+        answer(200, body, Content_Type="text/event-stream", Content_Encoding=encoding)
+    ) as server:
+        error = failure(listen, server.url)
+    assert str(error) == (
+        f"{server.url} answered with Content-Encoding {encoding!r}, though the client accepts "
+        "identity only. Turn off compression for this URL."
+    )
+    assert error.status == 200
 
-    def compressed(connection: Connection) -> None:
-        body = gzip.compress(b"data: a\n\n")
-        connection.head(200, Content_Type="text/event-stream", Content_Encoding="gzip")
-        connection.send(body)
 
-    with Server(compressed, STOP) as server:
+@pytest.mark.parametrize("encoding", ["identity", "", " Identity,"])
+def test_the_content_encoding_identity_is_read(listen: Listen, encoding: str) -> None:
+    """A header that names no compression is no error."""
+
+    def step(connection: Connection) -> None:
+        connection.head(200, Content_Type="text/event-stream", Content_Encoding=encoding)
+        connection.send(b"data: a\n\n")
+
+    with Server(step, STOP) as server:
         assert listen(server.url).data == ["a"]
+
+
+def test_a_compressed_error_body_is_not_read(listen: Listen) -> None:
+    """The excerpt of an error is what was sent as text; compressed bytes are left out."""
+    body = gzip.compress(b"No access.")
+    with Server(answer(403, body, Content_Type="text/plain", Content_Encoding="gzip")) as server:
+        error = failure(listen, server.url)
+    assert str(error) == f"{server.url} answered 403 Forbidden."
+
+
+def endless(status: int, **headers: str) -> Callable[[Connection], None]:
+    """A response whose body has no end."""
+
+    def step(connection: Connection) -> None:
+        connection.head(status, Transfer_Encoding="chunked", **headers)
+        connection.chunk(gzip.compress(b"x" * 100_000))
+        connection.wait_for_close()
+
+    return step
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content_Encoding": "gzip"}])
+def test_the_body_of_a_redirect_is_not_read(listen: Listen, headers: dict[str, str]) -> None:
+    """A redirect is followed by its Location, whatever its body is, or how long."""
+    with Server(
+        endless(302, Location="/there", **headers), stream(b"data: a\n\n"), STOP
+    ) as server:
+        assert listen(server.url).data == ["a"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content_Encoding": "gzip"}])
+def test_the_body_of_a_challenge_is_not_read(listen: Listen, headers: dict[str, str]) -> None:
+    """An httpx.Auth that answers a 401 does not make the client read its body."""
+
+    class Again(httpx.Auth):
+        def auth_flow(self, request: httpx.Request) -> Any:
+            response = yield request
+            if response.status_code == 401:
+                request.headers["Authorization"] = "Again"
+                yield request
+
+    with Server(endless(401, **headers), STOP) as server:
+        listen(server.url, auth=Again())
+    assert server.requests[1].headers["authorization"] == b"Again"
+
+
+def test_an_event_of_more_than_max_event_bytes_is_final(listen: Listen) -> None:
+    """The events before it arrive; then the client fails, since it would receive it again."""
+    seen: list[Result] = []
+    body = b"id: 1\ndata: a\n\nid: 2\ndata: " + b"x" * 100
+    with Server(hold(body)) as server:
+        error = failure(listen, server.url, max_event_bytes=100, seen=seen)
+    assert seen[0].data == ["a"]
+    assert seen[0].client.last_event_id == "1"
+    assert str(error) == (f"{server.url} sent an event of more than 100 bytes (max_event_bytes).")
+
+
+def test_max_event_bytes_is_checked_at_once() -> None:
+    """A bound that no event can keep is refused before anything is requested."""
+    with pytest.raises(ValueError, match="max_event_bytes must be 1 or more, not 0"):
+        EventSourceClient("http://h/", max_event_bytes=0)
+
+
+def test_going_on_after_an_event_that_is_too_large() -> None:
+    """The error ends the connection; the next iteration makes a new one."""
+    too_large = b"id: 1\ndata: a\n\ndata: " + b"x" * 100
+    with (
+        Server(hold(too_large), stream(b"data: b\n\n")) as server,
+        EventSourceClient(server.url, max_event_bytes=100) as client,
+    ):
+        assert next(client).data == "a"
+        with pytest.raises(ClientError, match="more than 100 bytes"):
+            next(client)
+        assert next(client).data == "b"
+    assert server.requests[1].headers["last-event-id"] == b"1"
 
 
 # Ends and failures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 from typing import Any
 
@@ -104,6 +105,36 @@ def test_an_endless_answer_is_not_read_on() -> None:
 
     with Server(step) as server:
         assert send(server.url, "x") == "7"
+
+
+def test_no_compression_is_accepted() -> None:
+    """The sender asks for an uncompressed response, and refuses any other."""
+    body = gzip.compress(b'{"id": "7"}')
+    with Server(answer(200, body, Content_Encoding="gzip")) as server:
+        error = failure(server.url)
+    assert server.requests[0].headers["accept-encoding"] == b"identity"
+    assert str(error) == (
+        f"{server.url} answered with Content-Encoding 'gzip', though the client accepts "
+        "identity only. Turn off compression for this URL."
+    )
+    assert error.status == 200
+
+
+def test_the_body_of_a_refusal_is_cut() -> None:
+    """An endless text is read to 1,024 bytes, and a compressed one not at all."""
+
+    def endless(body: bytes, **headers: str) -> Any:
+        def step(connection: Connection) -> None:
+            connection.head(400, Content_Type="text/plain", **headers)
+            connection.send(body)
+            connection.wait_for_close()
+
+        return step
+
+    text = b"x" * 1024
+    with Server(endless(text), endless(gzip.compress(text), Content_Encoding="gzip")) as server:
+        assert str(failure(server.url)).endswith(f"400 Bad Request: {'x' * 200}.")
+        assert str(failure(server.url)).endswith("400 Bad Request.")
 
 
 def test_nobody_there() -> None:
