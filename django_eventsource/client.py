@@ -11,7 +11,7 @@ import re
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import AsyncGeneratorType
 from typing import Self
 
@@ -25,6 +25,7 @@ from .connection import (
     aiter_raw,
     aread_excerpt,
     content_encoding,
+    is_network_failure,
     media_type,
     printable,
     read_excerpt,
@@ -34,14 +35,16 @@ from .exceptions import ClientError, EventTooLarge
 from .frames import CONTENT_TYPE, MAX_EVENT_BYTES, Decoder, ServerSentEvent
 
 MAX_BACKOFF_SECONDS = 60.0
-"""The longest back-off. A longer retry time of the server's is still respected."""
-MAX_WAIT_SECONDS = 86_400.0
-"""The longest wait of all: what a server asks for is untrusted, and timers have limits."""
+"""The longest back-off. A longer retry time of the server is still respected."""
+MAX_WAIT_SECONDS = 3600.0
+"""The longest wait of all. A longer retry time or ``Retry-After`` of the server is cut to it."""
+TRANSIENT_STATUSES = frozenset({429, 500, 502, 503, 504})
+"""The statuses of a server that is overloaded, failing or being restarted."""
 _MIN_BACKOFF_SECONDS = 0.1
 _REQUEST_HEADERS = {
     "Accept": CONTENT_TYPE,
     "Accept-Encoding": "identity",
-    "Cache-Control": "no-store",
+    "Cache-Control": "no-cache",
 }
 _UNSENDABLE_ID = re.compile(r"[\0\r\n\v\f\ud800-\udfff]")
 
@@ -57,8 +60,8 @@ class _Listener:
         auth: Auth | None = None,
         last_event_id: str = "",
         retry_ms: int = 3000,
-        reconnect_on_end: bool = True,
-        reconnect_on_error: bool = True,
+        reconnect: bool = True,
+        retry_statuses: Collection[int] = (),
         max_event_bytes: int = MAX_EVENT_BYTES,
         read_timeout_seconds: float | None = None,
         verify: bool | ssl.SSLContext = True,
@@ -76,8 +79,8 @@ class _Listener:
             raise ValueError(_unsendable(self.last_event_id))
         self.retry_ms = retry_ms
         """The current reconnection time, milliseconds."""
-        self.reconnect_on_end = reconnect_on_end
-        self.reconnect_on_error = reconnect_on_error
+        self.reconnect = reconnect
+        self.retry_statuses = retry_statuses
         self._options = self._target.options(verify, read_timeout_seconds) | {
             "follow_redirects": True,
             # A kept connection may be one that the server is closing.
@@ -92,8 +95,7 @@ class _Listener:
         self._decoder = self._make_decoder()
         self._fruitless = 0
         self._wait_seconds = 0.0
-        self._finished = self.no_content = False
-        """Did the server answer 204: is there nothing to listen to any more?"""
+        self._finished = False
 
     def _begin(self) -> httpx.Headers:
         """Begin a connection: give the headers of its request.
@@ -131,7 +133,7 @@ class _Listener:
         self._decoder = self._make_decoder()
         name = printable(response.url)
         if response.status_code == httpx.codes.NO_CONTENT:
-            self._finished = self.no_content = True
+            self._finished = True
             self._say(f"{name} answered 204 No Content: there is nothing to listen to")
         else:
             self._say(f"Connected to {name}")
@@ -153,7 +155,7 @@ class _Listener:
     def _ended(self) -> None:
         """Answer a proper end of the stream."""
         self._say("The server ended the stream")
-        if self.reconnect_on_end:
+        if self.reconnect:
             self._schedule()
         else:
             self._finished = True
@@ -161,18 +163,23 @@ class _Listener:
     def _failed(self, error: Exception, sentence: str) -> None:
         """Answer a failure.
 
-        :raises ClientError: the failure, unless this client reconnects on errors.
+        :raises ClientError: the failure, unless it may pass and this client reconnects.
         """
         if self._finished:
             return  # Closed by somebody else, and it is that which failed.
         failure = self._target.failure(error, sentence)
-        if not self.reconnect_on_error:
+        if not self.reconnect or not self._may_pass(error):
             raise failure
         if self._on_error is not None:
             self._on_error(failure)
-        self._schedule()
+        self._schedule(failure.retry_after or 0.0)
 
-    def _schedule(self) -> None:
+    def _may_pass(self, error: Exception) -> bool:
+        if isinstance(error, ClientError):
+            return error.status in self.retry_statuses
+        return is_network_failure(error)
+
+    def _schedule(self, at_least_seconds: float = 0.0) -> None:
         """Decide how long to wait before connecting again.
 
         The retry time; exponentially longer when no byte arrived since the last time.
@@ -182,7 +189,7 @@ class _Listener:
             backoff = max(wait, _MIN_BACKOFF_SECONDS) * 2 ** min(self._fruitless, 16)
             wait = max(wait, min(backoff, MAX_BACKOFF_SECONDS) * (1 + self._jitter()) / 2)
         self._fruitless += 1
-        self._wait_seconds = min(wait, MAX_WAIT_SECONDS)
+        self._wait_seconds = min(max(wait, at_least_seconds), MAX_WAIT_SECONDS)
         self._say(f"Reconnecting in {self._wait_seconds:.3g} s")
 
     def _end(self) -> None:
@@ -211,9 +218,10 @@ class EventSourceClient(_Listener):
     """Listen to an event stream, reconnecting with the last event id.
 
     Iterate over it to get :class:`~django_eventsource.frames.ServerSentEvent` objects, and
-    close it, best by ``with``. The iteration ends when the server answers 204, after
-    :meth:`close`, and at the end of the stream unless ``reconnect_on_end``. An iteration
-    that was left, or broken off by an exception, can be gone on with: nothing is lost.
+    close it, best by ``with``. As the standard says, the client reconnects when the stream ends
+    and when the network fails, and any answer other than a stream is final. The iteration ends
+    when the server answers 204, after :meth:`close`, and at the end of the stream unless
+    ``reconnect``. You can resume an iteration that was left or that raised; no event is lost.
 
     :param url: the stream. A user and password in it are sent as HTTP Basic.
     :param headers: more request headers, as a mapping or as pairs. They are never changed,
@@ -223,8 +231,9 @@ class EventSourceClient(_Listener):
     :param last_event_id: the event to go on after; empty for none.
     :param retry_ms: the time before reconnecting, in milliseconds, until the server sets
         another one. It grows to a minute while no byte arrives.
-    :param reconnect_on_end: whether to reconnect when the server ends the stream properly.
-    :param reconnect_on_error: whether to reconnect after any failure.
+    :param reconnect: whether to reconnect when the stream ends and when the network fails.
+    :param retry_statuses: statuses that are answered by reconnecting as well, after the time
+        that ``Retry-After`` asks for: ``TRANSIENT_STATUSES``, for example.
     :param max_event_bytes: the most bytes of one event. A larger one is a failure that is not
         answered by reconnecting.
     :param read_timeout_seconds: how long the stream may be silent; ``None`` for ever.
@@ -233,8 +242,9 @@ class EventSourceClient(_Listener):
     :param on_error: is given each failure that is answered by reconnecting.
     :param jitter: gives numbers from 0 to 1 that spread repeated reconnections.
     :raises ValueError: for an argument that cannot be used.
-    :raises ClientError: (in the iteration) at a failure unless ``reconnect_on_error``, or
-        when the server sent an event id that no header can hold.
+    :raises ClientError: (in the iteration) if the answer is not a stream, if a certificate is
+        not trusted, if an event is too large, if an event id cannot be sent in a header, and
+        without ``reconnect`` after any failure.
     """
 
     _http: httpx.Client | None = None

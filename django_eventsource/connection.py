@@ -5,11 +5,14 @@ Needs httpx, and no Django.
 
 from __future__ import annotations
 
+import calendar
 import contextlib
+import email.utils
 import os
 import re
 import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from types import AsyncGeneratorType
@@ -27,6 +30,14 @@ EXCERPT_TIMEOUT_SECONDS = 5.0
 # UnicodeError is what the standard library raises for an over-long host name.
 FAILURES = (ClientError, httpx.HTTPError, httpx.InvalidURL, UnicodeError)
 """What a request can raise, all of which :meth:`Target.failure` puts in words."""
+
+# Not UnsupportedProtocol and TooManyRedirects: what a URL or a redirect says does not pass.
+_NETWORK_FAILURES = (
+    httpx.TimeoutException,
+    httpx.NetworkError,
+    httpx.RemoteProtocolError,
+    httpx.ProxyError,
+)
 
 Headers = Mapping[str, str] | Iterable[tuple[str, str]]
 Auth = httpx.Auth | tuple[str, str]
@@ -140,6 +151,16 @@ def printable(url: httpx.URL) -> str:
 
 
 # What went wrong, in words
+
+
+def is_network_failure(error: Exception) -> bool:
+    """Return whether an error is a failure of the network or of the server, which may pass.
+
+    A certificate that is not trusted is not such a failure.
+    """
+    return isinstance(error, _NETWORK_FAILURES) and not any(
+        isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error)
+    )
 
 
 def reason(error: BaseException) -> str:
@@ -264,7 +285,23 @@ def refusal(response: httpx.Response, body: bytes) -> ClientError:
         text += ": " + "".join(filter(str.isprintable, line))[:_MAX_EXCERPT_CHARACTERS]
     elif "Location" in response.headers:
         text += f": it is at {response.headers['Location'][:_MAX_EXCERPT_CHARACTERS]!r}"
-    return ClientError(text if text.endswith(".") else f"{text}.", status)
+    text = text if text.endswith(".") else f"{text}."
+    return ClientError(text, status, _retry_after(response))
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Return the seconds that ``Retry-After`` asks to wait; see RFC 9110, section 10.2.3."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value)
+    date = email.utils.parsedate(value)
+    if date is None:
+        return None
+    try:
+        # An HTTP date is always in GMT.
+        return max(0.0, calendar.timegm(date) - time.time())
+    except (ValueError, OverflowError):
+        return None
 
 
 def _misfit(response: httpx.Response) -> str:

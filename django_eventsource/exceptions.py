@@ -71,9 +71,13 @@ class EventTooLarge(EventSourceError):
 class ClientError(EventSourceError):
     """A listening or sending client got no usable answer.
 
-    ``status`` is the HTTP status, or ``None`` where there was no answer.
+    ``status`` is the HTTP status, or ``None`` where there was no answer. ``retry_after`` is
+    the number of seconds that the response's ``Retry-After`` asked to wait, or ``None``.
     """
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(
+        self, message: str, status: int | None = None, retry_after: float | None = None
+    ) -> None:
         self.status = status
+        self.retry_after = retry_after
         super().__init__(message)

@@ -6,12 +6,14 @@ Each behaviour is tested with both clients: ``listen`` runs one of them to its e
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import gc
 import gzip
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -22,12 +24,13 @@ from django_eventsource import connection as http
 from django_eventsource.client import (
     MAX_BACKOFF_SECONDS,
     MAX_WAIT_SECONDS,
+    TRANSIENT_STATUSES,
     AsyncEventSourceClient,
     EventSourceClient,
 )
 from django_eventsource.exceptions import ClientError
 from django_eventsource.frames import ServerSentEvent
-from tests.scripted import Connection, Server, answer, cut, hold, redirect, stream
+from tests.scripted import Connection, Server, Step, answer, cut, hold, redirect, stream
 
 STOP = answer(204)
 
@@ -111,9 +114,14 @@ def free_port() -> int:
 
 
 def failure(listen: Listen, url: str, **options: Any) -> ClientError:
-    """Give the error of a client that does not reconnect on errors."""
+    """Return the error of a client that does not reconnect."""
+    return final(listen, url, reconnect=False, **options)
+
+
+def final(listen: Listen, url: str, **options: Any) -> ClientError:
+    """Return the error of a client, which it does not answer by reconnecting."""
     with pytest.raises(ClientError) as caught:
-        listen(url, reconnect_on_error=False, **options)
+        listen(url, **options)
     text = str(caught.value)
     assert "\n" not in text
     assert text.endswith(".")
@@ -137,7 +145,7 @@ def test_the_request_is_that_of_an_event_stream(listen: Listen) -> None:
     request = server.requests[0]
     assert (request.method, request.path) == ("GET", "/poll/a%2Fb?x=1")
     assert request.headers["accept"] == b"text/event-stream"
-    assert request.headers["cache-control"] == b"no-store"
+    assert request.headers["cache-control"] == b"no-cache"
     assert request.headers["accept-encoding"] == b"identity"
     assert "last-event-id" not in request.headers
 
@@ -339,7 +347,7 @@ def test_a_stream_closed_without_length_ends_properly(listen: Listen) -> None:
         connection.send(b"data: a\n\n")
 
     with Server(until_close) as server:
-        result = listen(server.url, reconnect_on_end=False, reconnect_on_error=False)
+        result = listen(server.url, reconnect=False)
     assert result.data == ["a"]
     assert result.waits == []
 
@@ -495,7 +503,7 @@ def test_an_event_of_more_than_max_event_bytes_is_final(listen: Listen) -> None:
     seen: list[Result] = []
     body = b"id: 1\ndata: a\n\nid: 2\ndata: " + b"x" * 100
     with Server(hold(body)) as server:
-        error = failure(listen, server.url, max_event_bytes=100, seen=seen)
+        error = final(listen, server.url, max_event_bytes=100, seen=seen)
     assert seen[0].data == ["a"]
     assert seen[0].client.last_event_id == "1"
     assert str(error) == (f"{server.url} sent an event of more than 100 bytes (max_event_bytes).")
@@ -529,16 +537,16 @@ def test_a_proper_end_reconnects_after_the_retry_time(listen: Listen) -> None:
     with Server(
         stream(b"data: a\n\n"), stream(b"retry: 20\n\n"), stream(b"retry: x\ndata: b\n\n"), STOP
     ) as server:
-        result = listen(server.url, retry_ms=1500, reconnect_on_error=False)
+        result = listen(server.url, retry_ms=1500)
     assert result.data == ["a", "b"]
     assert result.waits == [1.5, 0.02, 0.02]
     assert result.client.retry_ms == 20
 
 
 def test_the_first_end_may_be_the_end(listen: Listen) -> None:
-    """Without reconnect_on_end the iteration ends with the stream."""
+    """Without reconnect the iteration ends with the stream."""
     with Server(stream(b"data: a\n\n")) as server:
-        result = listen(server.url, reconnect_on_end=False)
+        result = listen(server.url, reconnect=False)
     assert result.data == ["a"]
 
 
@@ -576,19 +584,91 @@ def test_a_failure_reconnects_with_the_last_event_id(listen: Listen) -> None:
     assert [str(error)[:18] for error in errors] == ["Lost the stream of"]
 
 
-def test_a_bad_status_is_tried_again(listen: Listen) -> None:
-    """A refusal may pass, too."""
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        *[
+            answer(status)
+            for status in (202, 304, 400, 401, 403, 404, 410, 429, 500, 502, 503, 504)
+        ],
+        answer(200, b"data: a\n\n", Content_Type="text/html"),
+        answer(200, b"data: a\n\n", Content_Type="text/event-stream", Content_Encoding="gzip"),
+    ],
+)
+def test_a_refusal_is_final(listen: Listen, refusal: Step) -> None:
+    """A status other than 200 and 204, or another content type, is not requested again."""
+    with Server(stream(b"data: a\n\n"), refusal) as server:
+        error = final(listen, server.url)
+    assert error.status is not None
+
+
+@pytest.mark.parametrize("status", sorted(TRANSIENT_STATUSES))
+def test_a_retry_status_is_requested_again(listen: Listen, status: int) -> None:
+    """A status of retry_statuses is reported and answered by reconnecting."""
     errors: list[ClientError] = []
-    with Server(answer(503), stream(b"data: a\n\n"), STOP) as server:
-        assert listen(server.url, on_error=errors.append).data == ["a"]
-    assert [error.status for error in errors] == [503]
+    with Server(answer(status), stream(b"data: a\n\n"), STOP) as server:
+        result = listen(server.url, retry_statuses=[status], on_error=errors.append)
+    assert result.data == ["a"]
+    assert [error.status for error in errors] == [status]
+
+
+def test_other_statuses_are_final_with_retry_statuses_too(listen: Listen) -> None:
+    """Only the statuses that are named may pass."""
+    with Server(answer(503), answer(404)) as server:
+        assert final(listen, server.url, retry_statuses=[503]).status == 404
+
+
+def test_no_status_is_requested_again_without_reconnect(listen: Listen) -> None:
+    """Without reconnect every failure is raised."""
+    with Server(answer(503)) as server:
+        assert failure(listen, server.url, retry_statuses=[503]).status == 503
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7),
+        (" 7 ", 7),
+        ("0", 3),
+        ("2", 3),
+        ("999999999999999999999999", MAX_WAIT_SECONDS),
+        ("9" * 5000, MAX_WAIT_SECONDS),
+        ("-7", 3),
+        ("7.5", 3),
+        ("\u0667", 3),
+        ("soon", 3),
+        ("", 3),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 3),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", MAX_WAIT_SECONDS),
+        ("Fri, 31 Dec 99999 23:59:59 GMT", 3),
+    ],
+)
+def test_retry_after(listen: Listen, value: str, seconds: float) -> None:
+    """The client waits as long as Retry-After says, at least the retry time, at most an hour."""
+    with Server(answer(503, Retry_After=value), STOP) as server:
+        assert listen(server.url, retry_statuses=[503]).waits == [seconds]
+
+
+def test_retry_after_as_a_date(listen: Listen) -> None:
+    """An HTTP date counts from now."""
+    value = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    with Server(answer(429, Retry_After=value), STOP) as server:
+        (wait,) = listen(server.url, retry_statuses=[429]).waits
+    assert 60 < wait <= 90
+
+
+def test_retry_after_of_a_refusal_is_in_the_error(listen: Listen) -> None:
+    """The error of a refusal says how many seconds the server asked to wait."""
+    with Server(answer(429, Retry_After="7"), answer(429)) as server:
+        assert failure(listen, server.url).retry_after == 7
+        assert failure(listen, server.url).retry_after is None
 
 
 def test_back_off(listen: Listen) -> None:
     """Repeated failures wait twice as long each time, with jitter, until a byte arrives."""
     refused = [answer(503)] * 4
     with Server(*refused, stream(b":"), answer(503), stream(), stream(), STOP) as server:
-        result = listen(server.url, retry_ms=1000, jitter=lambda: 0.5)
+        result = listen(server.url, retry_ms=1000, retry_statuses=[503], jitter=lambda: 0.5)
     # The stream that brought a byte starts anew; those that brought none do not.
     assert result.waits == [1, 1.5, 3, 6, 1, 1.5, 3, 6]
 
@@ -604,7 +684,7 @@ def test_back_off(listen: Listen) -> None:
     ],
 )
 def test_back_off_is_bounded(retry_ms: int, jitter: float, longest: float) -> None:
-    """It grows to a minute, never below the retry time, and never beyond a day."""
+    """It grows to a minute, never below the retry time, and never beyond an hour."""
     client = Client("http://127.0.0.1:1/", retry_ms=retry_ms, jitter=lambda: jitter)
     for _ in range(100):
         client._schedule()
@@ -634,6 +714,41 @@ def test_the_default_jitter_spreads() -> None:
 
 
 # Failures in words
+
+BROKEN = [
+    httpx.ConnectError("refused"),
+    httpx.ConnectError("unknown name"),
+    httpx.ConnectTimeout("no answer"),
+    httpx.ReadTimeout(
+        "silence", request=httpx.Request("GET", "/", extensions={"timeout": {"read": 1}})
+    ),
+    httpx.ReadError("reset"),
+    httpx.RemoteProtocolError("server disconnected"),
+    httpx.ProxyError("503 Service Unavailable"),
+]
+
+
+@pytest.mark.parametrize("error", BROKEN, ids=lambda error: str(error))
+def test_a_network_failure_is_answered_by_reconnecting(listen: Listen, error: Exception) -> None:
+    """Whatever broke between client and server may be whole again."""
+    errors: list[ClientError] = []
+
+    class Broken(httpx.Auth):
+        def auth_flow(self, request: httpx.Request) -> Any:
+            if not errors:
+                raise error
+            yield request
+
+    with Server(STOP) as server:
+        listen(server.url, auth=Broken(), on_error=errors.append)
+    assert [text.__cause__ for text in errors] == [error]
+
+
+def test_a_failure_that_cannot_pass_is_final(listen: Listen) -> None:
+    """Redirects without end and to another scheme are not tried again."""
+    with Server(*[redirect("/")] * 21, redirect("ftp://h/")) as server:
+        assert "maximum allowed redirects" in str(final(listen, server.url))
+        assert "unsupported protocol" in str(final(listen, server.url))
 
 
 def test_refused(listen: Listen) -> None:
@@ -726,9 +841,9 @@ def server_context(authority: trustme.CA) -> ssl.SSLContext:
 
 
 def test_an_untrusted_certificate(listen: Listen, server_context: ssl.SSLContext) -> None:
-    """A certificate of an unknown authority is refused, with the way out."""
+    """A certificate of an unknown authority is a final failure, with the way out."""
     with Server(STOP, context=server_context) as server:
-        error = failure(listen, server.url)
+        error = final(listen, server.url)
         listen(server.url, verify=False)
     assert server.failed_handshakes == 1
     assert "certificate is not trusted (unable to get local issuer certificate)" in str(error)
@@ -821,7 +936,7 @@ async def test_an_async_client_that_was_never_used_closes() -> None:
 def test_an_error_may_be_followed_by_another_try() -> None:
     """After an error the iteration goes on with a new connection, without another wait."""
     steps = [stream(b"data: a\n\n"), answer(503), stream(b"data: b\n\n")]
-    with Server(*steps) as server, Client(server.url, reconnect_on_error=False) as client:
+    with Server(*steps) as server, Client(server.url) as client:
         assert next(client).data == "a"
         with pytest.raises(ClientError):
             next(client)
@@ -833,7 +948,7 @@ async def test_an_error_may_be_followed_by_another_try_async() -> None:
     """The asynchronous client does the same."""
     steps = [stream(b"data: a\n\n"), answer(503), stream(b"data: b\n\n")]
     with Server(*steps) as server:
-        async with AsyncClient(server.url, reconnect_on_error=False) as client:
+        async with AsyncClient(server.url) as client:
             assert (await anext(client)).data == "a"
             with pytest.raises(ClientError):
                 await anext(client)
@@ -876,9 +991,7 @@ def test_a_failing_callback_closes_the_connection() -> None:
 async def test_a_cancelled_read_closes_the_connection_and_goes_on() -> None:
     """A timeout around the iteration loses nothing: the next try reconnects at once."""
     with Server(hold(b"id: 1\ndata: a\n\n"), hold(b"id: 2\ndata: b\n\n")) as server:
-        async with AsyncEventSourceClient(
-            server.url, reconnect_on_end=False, reconnect_on_error=False
-        ) as client:
+        async with AsyncEventSourceClient(server.url, reconnect=False) as client:
             assert (await anext(client)).data == "a"
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.02):
@@ -917,7 +1030,7 @@ async def test_closing_from_another_task_ends_the_iteration() -> None:
         return data
 
     with Server(hold(b"data: a\n\n")) as server:
-        client = AsyncEventSourceClient(server.url, reconnect_on_error=False)
+        client = AsyncEventSourceClient(server.url, reconnect=False)
         task = asyncio.create_task(consume(client))
         await arrived.wait()
         await asyncio.sleep(0)

@@ -112,8 +112,8 @@ def test_each_event_is_printed_at_once() -> None:
 
 def test_json_lines() -> None:
     """--json prints id, event and data, in the characters they have."""
-    with Server(stream('id: 7\nevent: ping\ndata: "é\ndata: ✓\n\ndata:\n\n'.encode())) as server:
-        result = run(server, "--json")
+    with Server(hold('id: 7\nevent: ping\ndata: "é\ndata: ✓\n\ndata:\n\n'.encode())) as server:
+        result = run(server, "--json", "--count", "2")
     first, second = result.out.splitlines()
     assert json.loads(first) == {"id": "7", "event": "ping", "data": '"é\n✓'}
     assert list(json.loads(first)) == ["id", "event", "data"]
@@ -131,8 +131,8 @@ def test_json_lines() -> None:
 def test_an_output_of_another_encoding(arguments: tuple[str, ...], expected: str) -> None:
     """A terminal that lacks the characters gets them escaped; JSON stays JSON."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    with Server(stream("data: é\n\n".encode())) as server:
-        run(server, *arguments, stdout=out)
+    with Server(hold("data: é\n\n".encode())) as server:
+        run(server, "--count", "1", *arguments, stdout=out)
     out.seek(0)
     assert out.read() == expected
 
@@ -222,8 +222,8 @@ def test_url_in_place_of_host_and_port() -> None:
 
 def test_a_whole_url_is_requested_as_given() -> None:
     """Any stream can be listened to; it gets no grant of ours."""
-    with Server(stream(b"data: a\n\n")) as server:
-        assert Run(f"{server.url}any/stream?of=this").out == "message: a\n"
+    with Server(hold(b"data: a\n\n")) as server:
+        assert Run(f"{server.url}any/stream?of=this", "--count", "1").out == "message: a\n"
     assert server.requests[0].path == "/any/stream?of=this"
     assert "authorization" not in server.requests[0].headers
 
@@ -246,15 +246,32 @@ def test_the_grant_does_not_follow_a_redirect_elsewhere() -> None:
 # Ends and failures
 
 
-def test_the_first_end_is_the_end() -> None:
-    """Without -r the command leaves when the server ends the stream, and says so."""
-    with Server(stream(b"data: a\n\n")) as server:
+def test_ends_and_network_failures_reconnect(waits: list[float]) -> None:
+    """By default the command listens until the token is closed, after the time the server sets."""
+    with Server(
+        stream(b"id: 1\ndata: a\n\n"),
+        stream(b"retry: 200\ndata: b\n\n"),
+        cut(b"data: c\n\n"),
+        hold(b"event: close\ndata\n\n"),
+    ) as server:
         result = run(server)
-    assert str(result.error) == (
-        "The server ended the stream. To reconnect then, give -r/--retry or "
-        "-k/--keep-reconnecting."
+    assert result.error is None
+    assert result.out == "message: a\nmessage: b\nmessage: c\nclose: \n"
+    assert waits == [3, 0.2, 0.2]
+    assert server.requests[1].headers["last-event-id"] == b"1"
+    assert result.err == (
+        f"Lost the stream of {server.url}ev/poll/42: the connection was closed in the middle of "
+        "it. Reconnecting.\n"
     )
+
+
+def test_a_refusal_is_final(waits: list[float]) -> None:
+    """A status other than 200 and 204 ends the command, with status 1, also after a stream."""
+    with Server(stream(b"data: a\n\n"), answer(503)) as server:
+        result = run(server)
+    assert str(result.error) == f"{server.url}ev/poll/42 answered 503 Service Unavailable."
     assert result.out == "message: a\n"
+    assert waits == [3]
 
 
 def test_nobody_else_commands_the_terminal() -> None:
@@ -274,40 +291,54 @@ def test_nobody_else_commands_the_terminal() -> None:
         assert terminal.getvalue() == shown
 
 
-def test_retry_reconnects_after_an_end_only(waits: list[float]) -> None:
-    """With -r it reconnects after MS, or what the server sets; an error is still the end."""
-    with Server(
-        stream(b"id: 1\ndata: a\n\n"), stream(b"retry: 20\n\n"), cut(b"data: b\n\n")
-    ) as server:
+def test_retry_is_the_time_before_reconnecting(waits: list[float]) -> None:
+    """-r is the time until the server sets another."""
+    with Server(stream(b"data: a\n\n"), stream(b"retry: 200\ndata: b\n\n"), answer(204)) as server:
         result = run(server, "-r", "5000")
-    assert waits == [5, 0.02]
-    assert server.requests[1].headers["last-event-id"] == b"1"
-    assert result.out == "message: a\nmessage: b\n"
-    assert str(result.error).startswith(f"Lost the stream of {server.url}ev/poll/42: ")
+    assert result.error is None
+    assert waits == [5, 0.2]
 
 
-def test_keep_reconnecting(waits: list[float]) -> None:
-    """With -k errors are told once each and survived; ends are survived too."""
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_keep_reconnecting_survives_a_failing_server(waits: list[float], status: int) -> None:
+    """With -k these statuses are answered by reconnecting, when Retry-After says."""
+    with Server(answer(status, Retry_After="70"), answer(204)) as server:
+        result = run(server, "-k")
+    assert result.error is None
+    assert waits == [70]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_keep_reconnecting_does_not_repeat_a_refusal(waits: list[float], status: int) -> None:
+    """With -k a refusal is final, too."""
+    with Server(answer(status)) as server:
+        result = run(server, "-k")
+    assert f"answered {status}" in str(result.error)
+    assert waits == []
+
+
+def test_each_failure_is_printed_once(waits: list[float]) -> None:
+    """A failure that is answered by reconnecting is printed again only after an event."""
     steps = [answer(503), answer(503), answer(502), answer(503), stream(b"data: a\n\n")]
     with Server(*steps, answer(503), answer(204)) as server:
         result = run(server, "-k")
     assert result.error is None
     assert result.out == "message: a\n"
     assert [line.split(" answered ")[1] for line in result.err.splitlines()] == [
-        "503 Service Unavailable.",
-        "502 Bad Gateway.",
+        "503 Service Unavailable. Reconnecting.",
+        "502 Bad Gateway. Reconnecting.",
         # An event came in between: this is a new failure.
-        "503 Service Unavailable.",
+        "503 Service Unavailable. Reconnecting.",
     ]
     assert waits[0] == 3
     assert len(waits) == 6
 
 
-def test_keep_reconnecting_quietly(waits: list[float]) -> None:
-    """-v 0 tells of no failure that is survived."""
+def test_failures_are_not_printed_with_verbosity_0(waits: list[float]) -> None:
+    """-v 0 prints no failure that is answered by reconnecting."""
     with Server(answer(503), answer(204)) as server:
-        assert run(server, "-k", "-r", "10", "-v", "0").err == ""
-    assert waits == [0.01]
+        assert run(server, "-k", "-r", "1000", "-v", "0").err == ""
+    assert waits == [1]
 
 
 def test_diagnostics(waits: list[float]) -> None:
@@ -333,11 +364,13 @@ def test_refused_by_the_server() -> None:
     assert str(result.error) == f"{server.url}ev/poll/42 answered 403 Forbidden: Not you."
 
 
-def test_read_timeout() -> None:
-    """--read-timeout makes a silence an error."""
-    with Server(hold(b": hello\n")) as server:
+def test_read_timeout(waits: list[float]) -> None:
+    """--read-timeout makes a silence a failure, which is answered by reconnecting."""
+    with Server(hold(b": hello\n"), answer(204)) as server:
         result = run(server, "--read-timeout", "0.05")
-    assert str(result.error).endswith("nothing was received for 0.05 s.")
+    assert result.error is None
+    assert result.err.endswith("nothing was received for 0.05 s. Reconnecting.\n")
+    assert waits == [3]
 
 
 def test_certificates(tmp_path: Path) -> None:
@@ -461,13 +494,24 @@ def test_a_pipe_that_nobody_reads() -> None:
         assert run(server, stdout=out).error is None
 
 
-def test_nobody_there() -> None:
-    """A refused connection is one line on standard error and status 1."""
+def test_a_refused_connection_is_printed() -> None:
+    """A server that does not run is one line on standard error; the command waits for it."""
     with Server() as server:
         pass
     process = command("42", "-x", "events", "-P", str(server.port))
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (1, "")
-    assert err == (
-        f"CommandError: Cannot connect to {server.url}events/poll/42: connection refused.\n"
+    assert process.stderr is not None
+    assert process.stderr.readline() == (
+        f"Cannot connect to {server.url}events/poll/42: connection refused. Reconnecting.\n"
     )
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 0
+
+
+def test_a_refusal_exits_with_1() -> None:
+    """A refusal is one line on standard error and status 1."""
+    with Server(answer(404)) as server:
+        process = command(server.url)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (1, "")
+    assert err == f"CommandError: {server.url} answered 404 Not Found.\n"

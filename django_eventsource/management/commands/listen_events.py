@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from ... import endpoints
-from ...client import EventSourceClient
+from ...client import TRANSIENT_STATUSES, EventSourceClient
 from ...conf import conf
 from ...exceptions import ClientError
 from ...frames import ServerSentEvent
@@ -44,20 +44,19 @@ class Command(BaseCommand):
             "-r",
             "--retry",
             metavar="MS",
-            help="Reconnect when the server ends the stream, after MS milliseconds until the "
-            "server says otherwise (default: the first end is the end).",
+            help="The time before reconnecting, milliseconds, until the server sets another "
+            f"(default: {DEFAULT_RETRY_MS}).",
         )
         parser.add_argument(
             "-k",
             "--keep-reconnecting",
             action="store_true",
-            help="Reconnect whatever happens, after errors too (first after "
-            f"{DEFAULT_RETRY_MS} ms unless --retry says otherwise).",
+            help="Reconnect after a status of 429, 500, 502, 503 or 504, too.",
         )
         parser.add_argument(
             "--read-timeout",
             metavar="SECONDS",
-            help="The longest silence that is no error (default: a silent stream is no error).",
+            help="The longest silence before the command reconnects (default: no limit).",
         )
         parser.add_argument(
             "--last-event-id", metavar="ID", default="", help="Go on after this event."
@@ -106,8 +105,7 @@ class Command(BaseCommand):
             retry_ms=DEFAULT_RETRY_MS
             if retry is None
             else endpoints.whole_number("-r/--retry", retry),
-            reconnect_on_end=retry is not None or options["keep_reconnecting"],
-            reconnect_on_error=options["keep_reconnecting"],
+            retry_statuses=TRANSIENT_STATUSES if options["keep_reconnecting"] else (),
             read_timeout_seconds=None
             if timeout is None
             else endpoints.positive_seconds("--read-timeout", timeout),
@@ -133,10 +131,7 @@ class Command(BaseCommand):
         return f"{url}?{query}" if query else url
 
     def listen(self, client: EventSourceClient, limit: int | None) -> None:
-        """Print events until ``FINISH`` of every token, the limit, or 204.
-
-        :raises CommandError: when the stream ends without any of them.
-        """
+        """Print events until ``FINISH`` of every token, the limit, or 204."""
         finish = conf.event_class.FINISH
         unfinished = len(set(self.tokens))
         for number, event in enumerate(client, start=1):
@@ -146,11 +141,6 @@ class Command(BaseCommand):
             unfinished -= event.event == finish
             if not unfinished or number == limit:
                 return
-        if not client.no_content:
-            raise CommandError(
-                "The server ended the stream. To reconnect then, give -r/--retry or "
-                "-k/--keep-reconnecting."
-            )
 
     def format(self, event: ServerSentEvent) -> str:
         """Give the lines to print, in characters that standard output has."""
@@ -175,8 +165,8 @@ class Command(BaseCommand):
             self.stderr.write(text, style_func=str)
 
     def report(self, error: ClientError) -> None:
-        """Tell about a failure that is answered by reconnecting, once until it is over."""
-        text = str(error)
+        """Print a failure that is answered by reconnecting, once until it is over."""
+        text = f"{error} Reconnecting."
         if self.verbosity >= 1 and text not in self.failures:
             self.failures.add(text)
             self.stderr.write(text)
