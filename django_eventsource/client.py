@@ -6,6 +6,7 @@ Works with any server of server-sent events. Needs httpx, and no Django.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import re
 import ssl
@@ -34,13 +35,16 @@ from .connection import (
 from .exceptions import ClientError, EventTooLarge
 from .frames import CONTENT_TYPE, MAX_EVENT_BYTES, Decoder, ServerSentEvent
 
+MIN_WAIT_SECONDS = 0.1
+"""The shortest wait before a reconnection, whatever the server asks for."""
+STEADY_SECONDS = 10.0
+"""A stream that was open for so long needs no back-off, even if it brought nothing new."""
 MAX_BACKOFF_SECONDS = 60.0
 """The longest back-off. A longer retry time of the server is still respected."""
 MAX_WAIT_SECONDS = 3600.0
 """The longest wait of all. A longer retry time or ``Retry-After`` of the server is cut to it."""
 TRANSIENT_STATUSES = frozenset({429, 500, 502, 503, 504})
 """The statuses of a server that is overloaded, failing or being restarted."""
-_MIN_BACKOFF_SECONDS = 0.1
 _REQUEST_HEADERS = {
     "Accept": CONTENT_TYPE,
     "Accept-Encoding": "identity",
@@ -94,6 +98,9 @@ class _Listener:
         self._failure: ClientError | None = None
         self._decoder = self._make_decoder()
         self._fruitless = 0
+        """The number of connections and attempts since the last one that brought something new."""
+        self._steady_at = math.inf
+        """When the open stream will have been open for long, by ``time.monotonic()``."""
         self._wait_seconds = 0.0
         self._finished = False
 
@@ -102,6 +109,7 @@ class _Listener:
 
         :raises ClientError: when the last event id cannot be sent, which loses events.
         """
+        self._steady_at = math.inf
         self._say(f"Connecting to {self._target.name}")
         headers = httpx.Headers(_REQUEST_HEADERS)
         headers.update(self._target.headers)
@@ -130,6 +138,7 @@ class _Listener:
         return None
 
     def _connected(self, response: httpx.Response) -> None:
+        self._steady_at = time.monotonic() + STEADY_SECONDS
         self._decoder = self._make_decoder()
         name = printable(response.url)
         if response.status_code == httpx.codes.NO_CONTENT:
@@ -139,7 +148,7 @@ class _Listener:
             self._say(f"Connected to {name}")
 
     def _feed(self, chunk: bytes) -> None:
-        self._fruitless = 0
+        last_event_id = self._decoder.last_event_id
         try:
             self._events.extend(self._decoder.feed(chunk))
         except EventTooLarge as error:
@@ -149,6 +158,8 @@ class _Listener:
                 f"{self._target.name} sent an event of more than {self._max_event_bytes} bytes "
                 "(max_event_bytes)."
             )
+        if self._events or self._decoder.last_event_id != last_event_id:
+            self._fruitless = 0
         if self._decoder.retry_ms is not None:
             self.retry_ms = self._decoder.retry_ms
 
@@ -182,11 +193,13 @@ class _Listener:
     def _schedule(self, at_least_seconds: float = 0.0) -> None:
         """Decide how long to wait before connecting again.
 
-        The retry time; exponentially longer when no byte arrived since the last time.
+        The retry time; exponentially longer while no event and no new last event id arrives.
         """
-        wait = self.retry_ms / 1000
+        if time.monotonic() >= self._steady_at:
+            self._fruitless = 0
+        wait = max(self.retry_ms / 1000, MIN_WAIT_SECONDS)
         if self._fruitless:
-            backoff = max(wait, _MIN_BACKOFF_SECONDS) * 2 ** min(self._fruitless, 16)
+            backoff = wait * 2 ** min(self._fruitless, 16)
             wait = max(wait, min(backoff, MAX_BACKOFF_SECONDS) * (1 + self._jitter()) / 2)
         self._fruitless += 1
         self._wait_seconds = min(max(wait, at_least_seconds), MAX_WAIT_SECONDS)
@@ -230,7 +243,8 @@ class EventSourceClient(_Listener):
         ``Authorization`` in ``headers`` wins.
     :param last_event_id: the event to go on after; empty for none.
     :param retry_ms: the time before reconnecting, in milliseconds, until the server sets
-        another one. It grows to a minute while no byte arrives.
+        another one. The wait grows to a minute while nothing new arrives; it is at least 0.1 s
+        and at most an hour.
     :param reconnect: whether to reconnect when the stream ends and when the network fails.
     :param retry_statuses: statuses that are answered by reconnecting as well, after the time
         that ``Retry-After`` asks for: ``TRANSIENT_STATUSES``, for example.

@@ -20,6 +20,7 @@ import httpx
 import pytest
 import trustme
 
+from django_eventsource import client as client_module
 from django_eventsource import connection as http
 from django_eventsource.client import (
     MAX_BACKOFF_SECONDS,
@@ -534,13 +535,12 @@ def test_going_on_after_an_event_that_is_too_large() -> None:
 
 def test_a_proper_end_reconnects_after_the_retry_time(listen: Listen) -> None:
     """The end of a stream is followed by a wait of the retry time, which the server sets."""
-    with Server(
-        stream(b"data: a\n\n"), stream(b"retry: 20\n\n"), stream(b"retry: x\ndata: b\n\n"), STOP
-    ) as server:
+    bodies = [b"data: a\n\n", b"retry: 200\ndata: b\n\n", b"retry: x\ndata: c\n\n"]
+    with Server(*map(stream, bodies), STOP) as server:
         result = listen(server.url, retry_ms=1500)
-    assert result.data == ["a", "b"]
-    assert result.waits == [1.5, 0.02, 0.02]
-    assert result.client.retry_ms == 20
+    assert result.data == ["a", "b", "c"]
+    assert result.waits == [1.5, 0.2, 0.2]
+    assert result.client.retry_ms == 200
 
 
 def test_the_first_end_may_be_the_end(listen: Listen) -> None:
@@ -665,12 +665,43 @@ def test_retry_after_of_a_refusal_is_in_the_error(listen: Listen) -> None:
 
 
 def test_back_off(listen: Listen) -> None:
-    """Repeated failures wait twice as long each time, with jitter, until a byte arrives."""
+    """Repeated failures wait twice as long each time, with jitter, until something new arrives."""
     refused = [answer(503)] * 4
-    with Server(*refused, stream(b":"), answer(503), stream(), stream(), STOP) as server:
+    with Server(*refused, stream(b"id: 1\n\n"), answer(503), STOP) as server:
         result = listen(server.url, retry_ms=1000, retry_statuses=[503], jitter=lambda: 0.5)
-    # The stream that brought a byte starts anew; those that brought none do not.
-    assert result.waits == [1, 1.5, 3, 6, 1, 1.5, 3, 6]
+    assert result.waits == [1, 1.5, 3, 6, 1, 1.5]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b":\n", b"id: 1\n\n", b"retry: 1000\n\n", b"event: x\n\n", b"data: x\n"],
+    ids=repr,
+)
+def test_streams_that_bring_nothing_new_back_off(listen: Listen, body: bytes) -> None:
+    """Successful connections without an event and a new id are no hot loop."""
+    with Server(*[stream(body)] * 4, STOP) as server:
+        result = listen(server.url, retry_ms=1000, last_event_id="1", jitter=lambda: 1.0)
+    assert result.waits == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("last", [b"data: x\n\n", b"id: 2\n\n"], ids=repr)
+def test_something_new_ends_the_back_off(listen: Listen, last: bytes) -> None:
+    """After an event, or a new last event id, the wait is the retry time again."""
+    with Server(stream(), stream(), stream(last), stream(), STOP) as server:
+        result = listen(server.url, retry_ms=1000, last_event_id="1", jitter=lambda: 1.0)
+    assert result.waits == [1, 2, 1, 2]
+
+
+def test_a_stream_that_was_open_for_long_ends_the_back_off(
+    listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quiet stream that the server ends after its maximum age is not a hot loop."""
+    monkeypatch.setattr(client_module, "STEADY_SECONDS", 0)
+    quiet = stream(b"id: 1\n\n", b"retry: 1000\n\n")
+    with Server(*[quiet] * 3, answer(503), answer(503), STOP) as server:
+        result = listen(server.url, last_event_id="1", retry_statuses=[503], jitter=lambda: 1.0)
+    # A failure does not count the time that the stream before it was open.
+    assert result.waits == [1, 1, 1, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -679,6 +710,7 @@ def test_back_off(listen: Listen) -> None:
         (3000, 1.0, MAX_BACKOFF_SECONDS),
         (3000, 0.0, MAX_BACKOFF_SECONDS / 2),
         (0, 1.0, MAX_BACKOFF_SECONDS),
+        (3_600_001, 0.0, MAX_WAIT_SECONDS),
         (90_000, 0.0, 90),
         (10**15 - 1, 1.0, MAX_WAIT_SECONDS),
     ],
@@ -691,14 +723,12 @@ def test_back_off_is_bounded(retry_ms: int, jitter: float, longest: float) -> No
     assert client._wait_seconds == longest
 
 
-def test_a_retry_time_of_zero_backs_off_too() -> None:
-    """Even a server that asks for no wait is not hammered while it fails."""
-    client = Client("http://127.0.0.1:1/", retry_ms=0, jitter=lambda: 1.0)
-    waits = []
-    for _ in range(4):
-        client._schedule()
-        waits.append(client._wait_seconds)
-    assert waits == [0, 0.2, 0.4, 0.8]
+def test_a_retry_time_of_zero_is_no_hot_loop(listen: Listen) -> None:
+    """A server that asks for no wait is connected to ten times a second at most."""
+    nothing, something = stream(b"retry: 0\n\n"), stream(b"data: x\n\n")
+    with Server(*[nothing] * 4, *[something] * 3, STOP) as server:
+        result = listen(server.url, jitter=lambda: 1.0)
+    assert result.waits == [0.1, 0.2, 0.4, 0.8, 0.1, 0.1, 0.1]
 
 
 def test_the_default_jitter_spreads() -> None:
