@@ -32,6 +32,10 @@ Options = Mapping[str, Any]
 
 _HOST = re.compile(r"[^\s/?#@\[\]\\]+")
 _WHOLE_URL = re.compile(r"https?://", re.IGNORECASE)
+# The control characters but tab and line feed, the bidirectional ones, and U+2028 and U+2029.
+_COMMANDING = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
 # Stand for action and token where the project's URL patterns are asked.
 _ACTION = "eventsource-action"
 _TOKEN = "eventsource-token"  # noqa: S105
@@ -177,6 +181,22 @@ def discard_output(output: OutputWrapper) -> None:
     """Keep the interpreter from failing at exit on output that nobody reads any more."""
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), output.fileno())
+
+
+def displayable(text: str, output: OutputWrapper) -> str:
+    """Return text of a server for an output, in characters that the output's encoding has.
+
+    On a terminal, characters that command it or reorder what it shows are escaped.
+    """
+    if output.isatty():
+        text = _COMMANDING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    encoding = output_encoding(output)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def output_encoding(output: OutputWrapper) -> str:
+    """Return the encoding of an output. One without a name accepts any text."""
+    return getattr(output, "encoding", None) or "utf-8"
 
 
 # URLs

@@ -274,21 +274,52 @@ def test_a_refusal_is_final(waits: list[float]) -> None:
     assert waits == [3]
 
 
-def test_nobody_else_commands_the_terminal() -> None:
-    """On a terminal control characters are shown, not obeyed; elsewhere they are kept."""
+class Terminal(io.StringIO):
+    """A standard output that is a terminal."""
 
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+    def isatty(self) -> bool:
+        return True
 
-    body = "event: close\ndata: \x1b[31mred\x07\x9b\tend\n\n".encode()
-    for terminal, shown in [
-        (Terminal(), "close: \\x1b[31mred\\x07\\x9b\tend\n"),
-        (io.StringIO(), "close: \x1b[31mred\x07\x9b\tend\n"),
-    ]:
-        with Server(stream(body)) as server:
-            assert run(server, stdout=terminal).error is None
-        assert terminal.getvalue() == shown
+
+HOSTILE = "event: close\ndata: \x1b[31mred\x07\x9b\u202e\u2066\u061c\x7f\u2028\tend\n\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("output", "shown"),
+    [
+        (
+            Terminal,
+            "close: \\u001b[31mred\\u0007\\u009b\\u202e\\u2066\\u061c\\u007f\\u2028\tend\n",
+        ),
+        (io.StringIO, "close: \x1b[31mred\x07\x9b\u202e\u2066\u061c\x7f\u2028\tend\n"),
+    ],
+)
+def test_control_characters_are_escaped_on_a_terminal(
+    output: type[io.StringIO], shown: str
+) -> None:
+    """An event cannot command the terminal or reorder its text; scripts get it unchanged."""
+    out = output()
+    with Server(hold(HOSTILE)) as server:
+        assert run(server, stdout=out).error is None
+    assert out.getvalue() == shown
+
+
+def test_json_is_escaped_on_a_terminal() -> None:
+    """On a terminal --json prints no control character and no bidirectional one, and is JSON."""
+    out = Terminal()
+    with Server(hold(HOSTILE)) as server:
+        assert run(server, "--json", stdout=out).error is None
+    text = out.getvalue().removesuffix("\n")
+    assert text.isprintable()
+    data = "\x1b[31mred\x07\x9b\u202e\u2066\u061c\x7f\u2028\tend"
+    assert json.loads(text) == {"id": "", "event": "close", "data": data}
+
+
+def test_json_keeps_its_characters_in_a_pipe() -> None:
+    """Elsewhere --json prints characters as they are, as far as JSON has them."""
+    with Server(hold("event: close\ndata: \x9b\u202eé\n\n".encode())) as server:
+        result = run(server, "--json")
+    assert result.out == '{"id": "", "event": "close", "data": "\x9b\u202eé"}\n'
 
 
 def test_retry_is_the_time_before_reconnecting(waits: list[float]) -> None:

@@ -366,7 +366,7 @@ def test_nobody_reads_the_ids(published: Published) -> None:
 
 
 class Terminal(io.StringIO):
-    """A standard error that says it is a terminal."""
+    """An output that is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -415,6 +415,26 @@ def test_over_http(published: Published) -> None:
     grant = read_grant(request.headers["authorization"].decode().removeprefix("Bearer "))
     assert (grant.tokens, grant.listen, grant.send) == (("4/2",), False, True)
     assert published == []
+
+
+def test_the_id_of_a_server_is_escaped_on_a_terminal() -> None:
+    """A server cannot command the terminal by its id; a script gets the id unchanged."""
+    hostile = "7\x1b]0;x\x07\x9b\u202e"
+    out = Terminal()
+    with Server(accept(hostile), accept(hostile)) as server:
+        Run("42", "ping", "-P", str(server.port), stdout=out)
+        assert Run("42", "ping", "-P", str(server.port)).out == f"{hostile}\n"
+    assert out.getvalue() == "7\\u001b]0;x\\u0007\\u009b\\u202e\n"
+
+
+def test_an_id_that_the_output_cannot_encode_is_no_failure() -> None:
+    """The event was published: its id is printed with escapes."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with Server(accept("é"), accept("\ud800")) as server:
+        for _ in range(2):
+            assert Run("42", "ping", "-P", str(server.port), stdout=out).error is None
+    out.seek(0)
+    assert out.read() == "\\xe9\n\\ud800\n"
 
 
 def test_over_http_with_options(settings: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 from urllib.parse import urlencode
 
@@ -17,8 +16,6 @@ from ...frames import ServerSentEvent
 from ...tokens import check_token
 
 DEFAULT_RETRY_MS = 3000
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Command(BaseCommand):
@@ -143,20 +140,21 @@ class Command(BaseCommand):
                 return
 
     def format(self, event: ServerSentEvent) -> str:
-        """Give the lines to print, in characters that standard output has."""
-        encoding = getattr(self.stdout, "encoding", None) or "utf-8"
-        if not self.as_json:
+        """Return the lines to print."""
+        if self.as_json:
+            text = self.format_json({"id": event.id, "event": event.event, "data": event.data})
+        else:
             text = f"{event.event}: " + event.data.replace("\n", "\n  ")
-            if self.stdout.isatty():
-                # What others send must not command the terminal.
-                text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-            return text.encode(encoding, "backslashreplace").decode(encoding)
-        fields = {"id": event.id, "event": event.event, "data": event.data}
+        # The escapes for a terminal are JSON as well.
+        return endpoints.displayable(text, self.stdout)
+
+    def format_json(self, fields: dict[str, str]) -> str:
+        """Return JSON, in ASCII if the output lacks a character."""
+        text = json.dumps(fields, ensure_ascii=False)
         try:
-            text = json.dumps(fields, ensure_ascii=False)
-            text.encode(encoding)
+            text.encode(endpoints.output_encoding(self.stdout))
         except UnicodeEncodeError:
-            text = json.dumps(fields)
+            return json.dumps(fields)
         return text
 
     def diagnose(self, text: str) -> None:

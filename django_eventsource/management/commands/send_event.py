@@ -161,7 +161,7 @@ class Command(BaseCommand):
         """Print the ids of events that have one, at once."""
         lines = [event_id for event_id in ids if event_id is not None]
         if lines and sys.stdout is not None:
-            self.stdout.write("\n".join(lines))
+            self.stdout.write(endpoints.displayable("\n".join(lines), self.stdout))
             self.stdout.flush()
 
 
