@@ -49,6 +49,8 @@ _LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 # What a caller may set and any origin may see.
 _HARMLESS = {"accept", "accept-encoding", "cache-control", "host", "user-agent"}
+# To the last @: an unencoded password may contain any character.
+_USERINFO = re.compile(r"^([a-z]+://)?.*@", re.DOTALL | re.IGNORECASE)
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
 
@@ -65,10 +67,12 @@ class Target:
     def __init__(self, url: str, headers: Headers, auth: Auth | None) -> None:
         try:
             parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise ValueError(f"{url!r} is no URL: {error}.") from None
+        except httpx.InvalidURL:
+            parsed = httpx.URL()  # the error of httpx may quote a part of the password
         if parsed.scheme not in _DEFAULT_PORTS or not parsed.host:
-            raise ValueError(f"{url!r} is no http:// or https:// URL with a host.")
+            raise ValueError(
+                f"{hide_secrets(url)!r} is not a valid http:// or https:// URL with a host."
+            )
         pairs = headers.items() if isinstance(headers, Mapping) else headers
         self.headers = httpx.Headers([_check_header(name, value) for name, value in pairs])
         if auth is None and parsed.userinfo:
@@ -143,6 +147,11 @@ def _may_carry_credentials(origin: httpx.URL, url: httpx.URL) -> bool:
     if origin.scheme == url.scheme:
         return ports[0] == ports[1]
     return url.scheme == "https" and ports == [80, 443]
+
+
+def hide_secrets(url: str) -> str:
+    """Return the text of a URL, valid or not, without user, password, query and fragment."""
+    return re.split("[?#]", _USERINFO.sub(r"\1***@", url))[0]
 
 
 def printable(url: httpx.URL) -> str:

@@ -17,7 +17,7 @@ from django.core.management.base import CommandError, CommandParser, OutputWrapp
 from django.db import DatabaseError
 from django.urls import NoReverseMatch, reverse
 
-from .connection import Auth
+from .connection import Auth, hide_secrets
 from .exceptions import EventSourceError
 from .grants import make_grant
 from .history import get_history
@@ -233,14 +233,19 @@ def _url_under(base: str, action: str, token: str, options: Options) -> str:
         raise CommandError(f"--url holds all of {', '.join(others)}: give one or the other.")
     try:
         url = httpx.URL(base)
-    except httpx.InvalidURL as error:
-        raise CommandError(f"--url {base!r} is no URL: {error}.") from error
+    except httpx.InvalidURL:
+        # The error of httpx may quote a part of the password.
+        raise CommandError(f"--url {hide_secrets(base)!r} is not a valid URL.") from None
     if url.scheme not in ("http", "https") or not url.host:
-        raise CommandError(f"--url must begin with http:// or https:// and a host, not {base!r}.")
+        raise CommandError(
+            f"--url must begin with http:// or https:// and a host, not {hide_secrets(base)!r}."
+        )
     if url.userinfo:
         raise CommandError("--url holds a user: give -u/--user and -p/--password instead.")
     if url.query or url.fragment:
-        raise CommandError(f"--url must have no query and no fragment, not {base!r}.")
+        raise CommandError(
+            f"--url must have no query and no fragment, not {hide_secrets(base)!r}."
+        )
     root = str(url).rstrip("/")
     if url.path == "/":
         return root + _mounted_path(action, token)
@@ -256,7 +261,7 @@ def _check_host(host: str) -> str:
         httpx.URL(f"http://{text}/")
     except httpx.InvalidURL:
         raise CommandError(
-            f"-H/--host must be a host name or an address, not {host!r}. "
+            f"-H/--host must be a host name or an address, not {hide_secrets(host)!r}. "
             "A port is given with -P/--port, and a whole URL with --url."
         ) from None
     return text
@@ -319,8 +324,8 @@ def make_auth(options: Options, default: Auth | None) -> Auth | None:
         return default
     if ":" in user:
         raise CommandError(
-            f"-u/--user must not hold a colon, unlike {user!r}: give the password with "
-            f"-p/--password or ${PASSWORD_VARIABLE}."
+            "-u/--user must not contain a colon. Pass the password with -p/--password or "
+            f"${PASSWORD_VARIABLE}."
         )
     if password is None:
         password = os.environ.get(PASSWORD_VARIABLE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import httpx
 import pytest
 
@@ -47,8 +49,29 @@ def test_an_error_without_words() -> None:
 )
 def test_bad_urls(url: str) -> None:
     """What is no http or https URL with a host is refused at once."""
-    with pytest.raises(ValueError, match="is no "):
+    with pytest.raises(ValueError, match="is not a valid http:// or https:// URL with a host"):
         http.Target(url, {}, None)
+
+
+SECRET_URLS = [
+    ("http://user:SECRET@h:x/", "http://***@h:x/"),
+    ("http://user:a/SECRET@h/", "http://***@h/"),
+    ("http://user:a?b#SECRET@h/", "http://***@h/"),
+    ("http://user:a@SECRET@h:x/", "http://***@h:x/"),
+    ("http://user:SECRET\n@h/", "http://***@h/"),
+    ("ftp://SECRET@h/p?grant=SECRET", "ftp://***@h/p"),
+    ("user:SECRET@h/", "***@h/"),
+    ("http://h:x/p?grant=SECRET#SECRET", "http://h:x/p"),
+]
+
+
+@pytest.mark.parametrize(("url", "shown"), SECRET_URLS)
+def test_a_bad_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    """The error of a bad URL contains neither user nor password nor query."""
+    with pytest.raises(ValueError) as caught:
+        http.Target(url, {}, None)
+    assert repr(shown) in str(caught.value)
+    assert "SECRET" not in "".join(traceback.format_exception(caught.value, limit=0))
 
 
 @pytest.mark.parametrize(

@@ -434,11 +434,13 @@ def test_certificates(tmp_path: Path) -> None:
         (("42", "--cafile", "/nowhere"), "--cafile '/nowhere' cannot be read"),
         (("42", "-p", "x"), "-p/--password needs a user"),
         (("42", "--last-event-id", "a\nb"), "cannot be sent"),
-        (("http://",), "'http://' is no http:// or https:// URL with a host."),
+        (("http://",), "'http://' is not a valid http:// or https:// URL with a host."),
         (
             ("http://h/", "-H", "h", "-a", "x"),
             "'http://h/' is a whole URL, which leaves no place for -H/--host, -a/--action.",
         ),
+        (("http://u:SECRET@h:x/?grant=SECRET",), "'http://***@h:x/' is not a valid http://"),
+        (("http://u:SECRET@h/?grant=SECRET", "-a", "x"), "'http://***@h/' is a whole URL"),
         (("http://h/", "b"), "is a whole URL, which leaves no place for another TOKEN."),
         (("42", ""), "token"),
     ],
@@ -448,6 +450,7 @@ def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
     result = Run(*arguments)
     assert message in str(result.error)
     assert "\n" not in str(result.error)
+    assert "SECRET" not in str(result.error)
 
 
 # The process

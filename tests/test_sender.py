@@ -155,7 +155,7 @@ def test_no_answer() -> None:
 
 def test_bad_arguments() -> None:
     """What cannot be sent is refused at once."""
-    with pytest.raises(ValueError, match="no http:// or https:// URL"):
+    with pytest.raises(ValueError, match="not a valid http:// or https:// URL"):
         EventSender("ftp://h/")
     with pytest.raises(ValueError, match="header"):
         EventSender("http://h/", headers={"a b": "x"})

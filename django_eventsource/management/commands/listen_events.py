@@ -11,6 +11,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from ... import endpoints
 from ...client import TRANSIENT_STATUSES, EventSourceClient
 from ...conf import conf
+from ...connection import hide_secrets
 from ...exceptions import ClientError
 from ...frames import ServerSentEvent
 from ...tokens import check_token
@@ -119,7 +120,8 @@ class Command(BaseCommand):
             others += ["another TOKEN"] if further else []
             if others:
                 raise CommandError(
-                    f"{token!r} is a whole URL, which leaves no place for {', '.join(others)}."
+                    f"{hide_secrets(token)!r} is a whole URL, which leaves no place for "
+                    f"{', '.join(others)}."
                 )
             return str(token)
         action = options["action"] or conf.event_class.LISTEN
