@@ -109,10 +109,12 @@ class Target:
         return {"request": [guard], "response": [cut]}
 
     def guard(self, request: httpx.Request) -> None:
-        """Take the caller's headers off a request that a redirect sends to another origin.
+        """Keep secrets of a request out of the log, and from another origin after a redirect.
 
-        They may hold credentials under any name; httpx takes off ``Authorization`` only.
+        The caller's headers may contain credentials under any name; httpx removes
+        ``Authorization`` only.
         """
+        request.url = _LoggedURL(request.url)
         if _may_carry_credentials(self.url, request.url):
             return
         for name in set(self.headers) - _HARMLESS:
@@ -125,6 +127,16 @@ class Target:
         failure = ClientError(f"{sentence} {self.name}: {reason(error)}.")
         failure.__cause__ = error
         return failure
+
+
+class _LoggedURL(httpx.URL):
+    """A URL whose text, which httpx logs, is without user, password and query.
+
+    Requests are made of the parts of a URL, and relative redirects of its path.
+    """
+
+    def __str__(self) -> str:
+        return printable(self)
 
 
 def _check_header(name: str, value: str) -> tuple[bytes, bytes]:
@@ -293,7 +305,8 @@ def refusal(response: httpx.Response, body: bytes) -> ClientError:
         line = body.decode(errors="replace").strip().splitlines()[0]
         text += ": " + "".join(filter(str.isprintable, line))[:_MAX_EXCERPT_CHARACTERS]
     elif "Location" in response.headers:
-        text += f": it is at {response.headers['Location'][:_MAX_EXCERPT_CHARACTERS]!r}"
+        location = response.headers["Location"].partition("?")[0]
+        text += f": it is at {location[:_MAX_EXCERPT_CHARACTERS]!r}"
     text = text if text.endswith(".") else f"{text}."
     return ClientError(text, status, _retry_after(response))
 

@@ -9,6 +9,7 @@ import asyncio
 import email.utils
 import gc
 import gzip
+import logging
 import socket
 import ssl
 import threading
@@ -248,6 +249,26 @@ def test_an_authorization_header_wins(listen: Listen) -> None:
             auth=("a", "b"),
         )
     assert server.requests[0].headers["authorization"] == b"Bearer x"
+
+
+def test_secrets_of_the_url_are_not_logged(
+    listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither httpx nor httpcore logs a password, a grant or another query, redirected or not."""
+    caplog.set_level(logging.DEBUG)
+    with Server(redirect("there"), redirect("/?key=other"), stream(b"data: a\n\n")) as server:
+        result = listen(
+            f"http://user:SECRET@127.0.0.1:{server.port}/p/here?grant=SECRET", reconnect=False
+        )
+    assert result.data == ["a"]
+    assert [request.path for request in server.requests] == [
+        "/p/here?grant=SECRET",
+        "/p/there",
+        "/?key=other",
+    ]
+    assert "SECRET" not in caplog.text
+    assert f"GET http://127.0.0.1:{server.port}/p/here " in caplog.text
+    assert f"GET http://127.0.0.1:{server.port}/ " in caplog.text
 
 
 def test_a_proxy_is_not_asked_for_this_machine(

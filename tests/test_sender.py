@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import socket
 from typing import Any
 
@@ -135,6 +136,19 @@ def test_the_body_of_a_refusal_is_cut() -> None:
     with Server(endless(text), endless(gzip.compress(text), Content_Encoding="gzip")) as server:
         assert str(failure(server.url)).endswith(f"400 Bad Request: {'x' * 200}.")
         assert str(failure(server.url)).endswith("400 Bad Request.")
+
+
+def test_secrets_of_the_url_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither httpx nor httpcore logs a password or a grant, nor does the error of a redirect."""
+    caplog.set_level(logging.DEBUG)
+    with Server(published(), answer(301, Location="https://h/@x?grant=SECRET")) as server:
+        url = f"http://user:SECRET@127.0.0.1:{server.port}/?grant=SECRET"
+        assert send(url, "x") == "7"
+        assert "SECRET" not in caplog.text
+        error = failure(url)
+    assert server.requests[0].path == "/?grant=SECRET"
+    assert f"POST {server.url} " in caplog.text
+    assert str(error) == f"{server.url} answered 301 Moved Permanently: it is at 'https://h/@x'."
 
 
 def test_nobody_there() -> None:
