@@ -22,9 +22,10 @@ from django.urls import include, path
 
 from django_eventsource.events import Event
 from django_eventsource.grants import read_grant
-from django_eventsource.history import History
+from django_eventsource.history import get_history
 from django_eventsource.management.commands import send_event
 from django_eventsource.publishing import Prepared
+from tests.conftest import MEMORY
 from tests.scripted import Connection, Server, Step, answer
 
 urlpatterns = [path("ev/", include("django_eventsource.urls"))]
@@ -107,12 +108,13 @@ class Input(io.RawIOBase):
 # Directly
 
 
-def test_an_event_is_in_the_history(memory_history: History) -> None:
+@pytest.mark.django_db(transaction=True)
+def test_an_event_is_in_the_history() -> None:
     """The event is published in this process, and its id printed."""
     result = Run("42", "ping", "hello")
     assert result.error is None
     seq = int(result.out)
-    entries = memory_history.read("42", seq - 1).entries
+    entries = get_history().read("42", seq - 1).entries
     assert [entry.seq for entry in entries] == [seq]
     assert b"data: hello\n" in entries[0].frame()
 
@@ -194,11 +196,11 @@ def test_json_is_checked_first(published: Published) -> None:
         (("42", "ping", "--header", "x: y"), "--header: only of use over HTTP."),
     ],
 )
-def test_bad_input(memory_history: History, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_input(published: Published, arguments: tuple[str, ...], message: str) -> None:
     """Each bad argument is one clear line, and nothing is published."""
     result = Run(*arguments)
     assert message in str(result.error)
-    assert not memory_history.heads(["42"])["42"].life
+    assert published == []
 
 
 def test_standard_input_that_is_not_utf8(
@@ -230,6 +232,24 @@ def test_live_only_events_that_nobody_would_get(settings: Any, published: Publis
     assert "--url" in str(result.error)
     assert "CHANNEL_LAYERS" in str(result.error)
     assert published == []
+
+
+def test_events_that_only_this_process_would_store(settings: Any, published: Published) -> None:
+    """A history in the memory of the command is refused: no listener would receive the event."""
+    settings.EVENTSOURCE_HISTORY = MEMORY
+    result = Run("42", "ping", "x")
+    assert "MemoryHistory stores events in the memory of this process" in str(result.error)
+    assert "no listener would receive them" in str(result.error)
+    assert "--url" in str(result.error)
+    assert "EVENTSOURCE_HISTORY" in str(result.error)
+    assert (result.out, published) == ("", [])
+
+
+def test_a_server_with_a_memory_history_is_sent_to(settings: Any) -> None:
+    """Over HTTP the history is the server's."""
+    settings.EVENTSOURCE_HISTORY = MEMORY
+    with Server(accept("7")) as server:
+        assert Run("42", "ping", "-P", str(server.port)).out == "7\n"
 
 
 def test_live_only_events_over_a_shared_layer(

@@ -14,6 +14,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from ... import endpoints
 from ...conf import conf
 from ...events import JSONEvent, is_durable
+from ...history import get_history
 from ...layers import is_process_local
 from ...publishing import Prepared, prepare, publish_in_batches
 from ...sender import EventSender
@@ -125,9 +126,9 @@ class Command(BaseCommand):
         return prepare(self.token, self.action, value, conf.event_class)
 
     def check_direct(self, options: endpoints.Options) -> None:
-        """Check that what is published here can arrive.
+        """Check that an event that this process publishes can reach a listener.
 
-        :raises CommandError: when it cannot, or when options say how to talk to a server.
+        :raises CommandError: if it cannot, or if options say how to talk to a server.
         """
         others = endpoints.given(options, "user", "password", "header", "cafile", "insecure")
         if others:
@@ -135,7 +136,15 @@ class Command(BaseCommand):
                 f"{', '.join(others)}: only of use over HTTP. Name the server, with --url or -H."
             )
         event_class = conf.event_class
-        if not is_durable(event_class) and is_process_local():
+        if is_durable(event_class):
+            history = get_history()
+            if not history.shared:
+                raise CommandError(
+                    f"{type(history).__name__} stores events in the memory of this process: no "
+                    "listener would receive them. Send through the server with --url, or "
+                    "configure a history that processes share in EVENTSOURCE_HISTORY."
+                )
+        elif is_process_local():
             raise CommandError(
                 f"Events of {event_class.__name__} are live only, and the channel layer is "
                 "in this process's memory: no listener would receive them. Send through the "
