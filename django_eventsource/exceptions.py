@@ -27,7 +27,11 @@ class UnknownAction(InvalidEvent):
         self.action = action
         self.allowed = allowed
         names = ", ".join(allowed) or "none"
-        super().__init__(f"Unknown action {action!r}: {class_name} allows {names}.")
+        super().__init__(
+            f"Unknown action {action!r}: {class_name} allows {names}. To allow another, set "
+            "EVENTSOURCE_EVENT_CLASS or as_view(event_class=...) to a class with the action in "
+            "ACTIONS (for a GET: as LISTEN)."
+        )
 
 
 class InvalidGrant(EventSourceError):

@@ -27,16 +27,24 @@ def test_malformed_input_is_a_value_error(name):
     assert issubclass(getattr(exceptions, name), ValueError)
 
 
-def test_unknown_action_names_the_allowed_ones():
-    """An unknown action's error says what was given and what would be allowed."""
+HINT = (
+    " To allow another, set EVENTSOURCE_EVENT_CLASS or as_view(event_class=...) to a class with "
+    "the action in ACTIONS (for a GET: as LISTEN)."
+)
+
+
+def test_unknown_action_names_the_allowed_ones_and_the_way_out():
+    """The error says what was given, what is allowed, and how to allow another action."""
     error = UnknownAction("pong", ["ping", "close"], "StringEvent")
-    assert str(error) == "Unknown action 'pong': StringEvent allows ping, close."
+    assert str(error) == f"Unknown action 'pong': StringEvent allows ping, close.{HINT}"
     assert (error.action, error.allowed) == ("pong", ["ping", "close"])
 
 
 def test_unknown_action_of_a_class_without_actions():
     """A class that allows nothing says so."""
-    assert str(UnknownAction("ping", [], "Mute")) == "Unknown action 'ping': Mute allows none."
+    assert str(UnknownAction("ping", [], "Mute")) == (
+        f"Unknown action 'ping': Mute allows none.{HINT}"
+    )
 
 
 @pytest.mark.parametrize("status", [None, 403])
