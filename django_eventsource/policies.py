@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import math
-import time
 from typing import Any, Protocol
 
 from asgiref.sync import sync_to_async
 from django.contrib.auth import aauthenticate
-from django.core.cache import cache
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest
 from django.middleware.csrf import CsrfViewMiddleware
@@ -17,7 +14,7 @@ from django.middleware.csrf import CsrfViewMiddleware
 from .conf import conf
 from .exceptions import InvalidGrant, NotAuthenticated, RateLimited
 from .grants import Grant, read_grant
-from .tokens import token_key
+from .rates import Window
 
 LISTEN_PERMISSION = "django_eventsource.listen_event"
 SEND_PERMISSION = "django_eventsource.send_event"
@@ -173,17 +170,11 @@ async def check_rate(request: HttpRequest) -> None:
     if rate is None:
         return
     most, seconds = rate
-    now = time.time()
-    window = int(now // seconds)
-    who = await identify(request) or f"@{request.META.get('REMOTE_ADDR', '')}"
-    key = f"django_eventsource.rate.{token_key(who)}.{window}"
-    await cache.aadd(key, 0, timeout=2 * seconds + 1)
-    try:
-        count = await cache.aincr(key)
-    except ValueError:
-        return  # the cache has dropped it just now
-    if count > most:
-        raise RateLimited(math.ceil((window + 1) * seconds - now))
+    sender = await identify(request) or f"@{request.META.get('REMOTE_ADDR', '')}"
+    window = Window("rate", sender, seconds)
+    # Not cache.aincr(), which reads, adds and writes, whatever the backend.
+    if await sync_to_async(window.add)() > most:
+        raise RateLimited(window.seconds_left)
 
 
 async def session_user(request: HttpRequest) -> Any:

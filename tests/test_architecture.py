@@ -24,7 +24,7 @@ LAYERS = [
     # 1
     ["conf", "tokens", "signals", "troubles"],
     ["pacing"],
-    ["grants"],
+    ["grants", "rates"],
     # 2
     ["models", "history.base", "history.redis_scripts"],
     ["history.redis_hosts", "history.redis_entries"],
