@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 from django.utils.crypto import salted_hmac
 
+from .addresses import network_of
 from .conf import conf
 from .streams import EventStream
 
@@ -154,7 +155,7 @@ def _keys(listener: Listener) -> Iterator[tuple[Limit, str]]:
     if listener.user:
         yield Limit.USER, listener.user
     if listener.address:
-        yield Limit.ADDRESS, listener.address
+        yield Limit.ADDRESS, network_of(listener.address)
 
 
 def _most(limit: Limit) -> int | None:

@@ -11,6 +11,7 @@ from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest
 from django.middleware.csrf import CsrfViewMiddleware
 
+from .addresses import address_of, network_of
 from .conf import conf
 from .exceptions import InvalidGrant, NotAuthenticated, RateLimited
 from .grants import Grant, read_grant
@@ -170,7 +171,7 @@ async def check_rate(request: HttpRequest) -> None:
     if rate is None:
         return
     most, seconds = rate
-    sender = await identify(request) or f"@{request.META.get('REMOTE_ADDR', '')}"
+    sender = await identify(request) or f"@{network_of(address_of(request))}"
     window = Window("rate", sender, seconds)
     # Not cache.aincr(), which reads, adds and writes, whatever the backend.
     if await sync_to_async(window.add)() > most:

@@ -67,11 +67,6 @@ def last_event_id(request: HttpRequest, tokens: int = 1) -> str | None:
     return text if visible and len(text) <= max(most, MAX_CURSOR_LENGTH) else NO_CURSOR
 
 
-def address_of(request: HttpRequest) -> str:
-    """Give the address that the request came from; empty where the server does not tell."""
-    return str(request.META.get("REMOTE_ADDR") or "")
-
-
 def session_of(request: HttpRequest) -> str:
     """Give the hash of the session's key; empty without a session."""
     key = getattr(getattr(request, "session", None), "session_key", None)

@@ -22,6 +22,7 @@ from django.utils.decorators import classonlymethod
 from django.views import View
 from django.views.decorators.csrf import csrf_exempt
 
+from .addresses import address_of
 from .conf import check_event_class, check_positive, conf
 from .cursors import split_cursor
 from .events import Event, is_durable
@@ -36,7 +37,7 @@ from .history import Draft, get_history
 from .listeners import Limit, Listener, registry
 from .policies import Policy, identify
 from .publishing import apublish_posted, make_event
-from .requests import address_of, keep_body, last_event_id, read_tokens, session_of
+from .requests import keep_body, last_event_id, read_tokens, session_of
 from .responses import HEADERS, EventStreamResponse, Slot
 from .shutdown import shutdown
 from .signals import stream_opened

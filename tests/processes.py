@@ -72,9 +72,10 @@ class Server:
     and connections made while it is restarted wait in the socket's queue.
     """
 
-    def __init__(self, kind: str, **overrides: Any) -> None:
+    def __init__(self, kind: str, *options: str, **overrides: Any) -> None:
         self.kind, _, path = kind.partition(" ")
-        self.application = PLAIN if path == "plain" else "testproject.asgi:application"
+        self.application = {"plain": PLAIN, "": "testproject.asgi:application"}.get(path, path)
+        self.options = options
         self.overrides = overrides
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port: int = self.socket.getsockname()[1]
@@ -99,7 +100,10 @@ class Server:
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", *commands[self.kind], self.application],
+                [
+                    *[sys.executable, "-W", "ignore", "-m", *commands[self.kind]],
+                    *[*self.options, self.application],
+                ],
                 env=environment(**self.overrides),
                 pass_fds=[] if self.kind == "granian" else [self.socket.fileno()],
                 stdout=log,
@@ -139,9 +143,9 @@ class Server:
 
 
 @contextmanager
-def serve(kind: str, **overrides: Any) -> Iterator[Server]:
+def serve(kind: str, *options: str, **overrides: Any) -> Iterator[Server]:
     """Run a server for the time of a block."""
-    server = Server(kind, **overrides)
+    server = Server(kind, *options, **overrides)
     try:
         server.start()
         yield server

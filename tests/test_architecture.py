@@ -22,7 +22,7 @@ LAYERS = [
     ["events"],
     ["resets"],
     # 1
-    ["conf", "tokens", "signals", "troubles"],
+    ["conf", "tokens", "signals", "troubles", "addresses"],
     ["pacing"],
     ["grants", "rates"],
     # 2

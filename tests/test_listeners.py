@@ -243,7 +243,7 @@ async def test_whose_streams_there_may_be(registry: Registry) -> None:
         ("MAX_STREAMS", Limit.PROCESS, {}, None),
         ("MAX_STREAMS_PER_TOKEN", Limit.TOKEN, {}, {"tokens": ("z",)}),
         ("MAX_STREAMS_PER_USER", Limit.USER, {"user": "7"}, {"user": "8"}),
-        ("MAX_STREAMS_PER_ADDRESS", Limit.ADDRESS, {"address": "::1"}, {"address": "::2"}),
+        ("MAX_STREAMS_PER_ADDRESS", Limit.ADDRESS, {"address": "::1"}, {"address": "1::1"}),
     ],
 )
 async def test_limits(

@@ -313,6 +313,12 @@ def test_command_line_parses(line):
     assert name not in COMMANDS[:3] or vars(parsed).get("token") or parsed.tokens
 
 
+def test_nginx_replaces_the_address_that_the_client_sent():
+    """Without the line nginx passes the client's own header through."""
+    (block,) = blocks("nginx")
+    assert "proxy_set_header X-Forwarded-For $remote_addr;" in block
+
+
 # Python
 
 

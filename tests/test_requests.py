@@ -14,7 +14,6 @@ from django_eventsource.exceptions import InvalidToken
 from django_eventsource.listeners import hide_session
 from django_eventsource.requests import (
     NO_CURSOR,
-    address_of,
     keep_body,
     last_event_id,
     read_tokens,
@@ -132,18 +131,6 @@ def test_a_page_that_comes_back_with_fewer_tokens() -> None:
 
 
 # Who it is from
-
-
-@pytest.mark.parametrize(
-    ("given", "address"), [("192.0.2.1", "192.0.2.1"), ("::1", "::1"), ("", ""), (None, "")]
-)
-def test_address(given: str | None, address: str) -> None:
-    """A server on a Unix socket tells none."""
-    request = factory.get("/")
-    request.META["REMOTE_ADDR"] = given
-    assert address_of(request) == address
-    del request.META["REMOTE_ADDR"]
-    assert address_of(request) == ""
 
 
 def test_session() -> None:

@@ -21,8 +21,8 @@ from django.urls import include, path, resolve
 from django.utils import translation
 from django.utils.functional import SimpleLazyObject
 
+from django_eventsource.addresses import address_of
 from django_eventsource.policies import OPENED, USER, session_user
-from django_eventsource.requests import address_of
 from django_eventsource.responses import Slot
 from django_eventsource.snapshots import Snapshot
 
