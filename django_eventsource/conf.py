@@ -161,27 +161,17 @@ class Conf:
     @property
     def send_rate(self) -> tuple[int, float] | None:
         """``EVENTSOURCE_SEND_RATE``: events, and seconds in which one sender may post them."""
-        name = "EVENTSOURCE_SEND_RATE"
-        value = _get(name, None)
-        if value is None:
-            return None
-        expected = "None or a pair of positive numbers, (events, seconds)"
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            raise number_error(name, value, expected)
-        events, seconds = value
-        try:
-            check_positive(name, events, or_none=False)
-            check_positive(name, seconds, or_none=False)
-        except ImproperlyConfigured:
-            raise number_error(name, value, expected) from None
-        if not isinstance(events, int):
-            raise number_error(name, value, expected)
-        return events, float(seconds)
+        return _rate("EVENTSOURCE_SEND_RATE", None, "events")
 
     @property
     def coalesce_seconds(self) -> float | None:
         """``EVENTSOURCE_COALESCE_SECONDS``: a busy token is passed on at most that often."""
         return _positive("EVENTSOURCE_COALESCE_SECONDS", 0.005)
+
+    @property
+    def login_rate(self) -> tuple[int, float] | None:
+        """``EVENTSOURCE_LOGIN_RATE``: failed logins of a user at an address, and seconds."""
+        return _rate("EVENTSOURCE_LOGIN_RATE", (10, 60.0), "failures")
 
 
 PROPERTIES = [name for name, value in vars(Conf).items() if isinstance(value, property)]
@@ -259,6 +249,24 @@ def check_positive(name: str, value: Any, *, or_none: bool = True) -> float | No
         suffix = " or None" if or_none else ""
         raise number_error(name, value, f"a positive number{suffix}")
     return float(value)
+
+
+def _rate(name: str, default: tuple[int, float] | None, what: str) -> tuple[int, float] | None:
+    value = _get(name, default)
+    if value is None:
+        return None
+    error = number_error(name, value, f"None or a pair of positive numbers, ({what}, seconds)")
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise error
+    number, seconds = value
+    try:
+        check_positive(name, number, or_none=False)
+        check_positive(name, seconds, or_none=False)
+    except ImproperlyConfigured:
+        raise error from None
+    if not isinstance(number, int):
+        raise error
+    return number, float(seconds)
 
 
 def _positive_int(name: str, default: int | None, *, or_none: bool = False) -> int | None:

@@ -43,14 +43,15 @@ class NotAuthenticated(EventSourceError):
 
 
 class RateLimited(EventSourceError):
-    """The sender posted too much: the answer is 429.
+    """The client did something too often: the answer is 429.
 
-    ``retry_after`` says in how many seconds it may post again.
+    :param retry_after: seconds after which it may try again.
+    :param reason: what there was too much of.
     """
 
-    def __init__(self, retry_after: int) -> None:
+    def __init__(self, retry_after: int, reason: str = "Too many events") -> None:
         self.retry_after = retry_after
-        super().__init__(f"Too many events; the next one is taken in {retry_after} s.")
+        super().__init__(f"{reason}; try again in {retry_after} s.")
 
 
 class DeliveryFailed(EventSourceError):

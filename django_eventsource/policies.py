@@ -6,7 +6,6 @@ import base64
 from typing import Any, Protocol
 
 from asgiref.sync import sync_to_async
-from django.contrib.auth import aauthenticate
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest
 from django.middleware.csrf import CsrfViewMiddleware
@@ -15,6 +14,7 @@ from .addresses import address_of, network_of
 from .conf import conf
 from .exceptions import InvalidGrant, NotAuthenticated, RateLimited
 from .grants import Grant, read_grant
+from .logins import check_password
 from .rates import Window
 
 LISTEN_PERMISSION = "django_eventsource.listen_event"
@@ -31,7 +31,7 @@ class Policy(Protocol):
 
     Both hooks may raise ``PermissionDenied`` (the answer is 403) or
     :class:`~django_eventsource.exceptions.NotAuthenticated` (401) with the reason as
-    text. ``False`` means 403 for a logged-in user, else 401. ``can_send`` may raise
+    text. ``False`` means 403 for a logged-in user, else 401. Both may raise
     :class:`~django_eventsource.exceptions.RateLimited` (429).
 
     ``can_listen`` is asked again every ``EVENTSOURCE_RECHECK_SECONDS`` while the stream is
@@ -119,6 +119,7 @@ async def basic_user(request: HttpRequest) -> Any:
     """Give the user of HTTP Basic credentials (RFC 7617), or ``None`` without them.
 
     :raises NotAuthenticated: when they are damaged or wrong.
+    :raises RateLimited: after too many failures, or while too many logins wait.
     """
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "basic":
@@ -131,9 +132,9 @@ async def basic_user(request: HttpRequest) -> Any:
         raise NotAuthenticated("The HTTP Basic credentials hold NUL.")
     name, _, password = credentials.partition(":")
     known = getattr(request, USER, None)
-    if known is not None and hasattr(request, OPENED):
-        return await _same_user(known)
-    user = await aauthenticate(request, username=name, password=password)
+    if known is not None:
+        return await _same_user(known) if hasattr(request, OPENED) else known
+    user = await check_password(request, name, password)
     if user is None:
         raise NotAuthenticated("Wrong user name or password.")
     setattr(request, USER, user)

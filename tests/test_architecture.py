@@ -32,7 +32,8 @@ LAYERS = [
     ["history.outbox"],
     ["history.presence"],
     ["history.memory", "history.database", "history.redis"],
-    ["history", "policies"],
+    ["history", "logins"],
+    ["policies"],
     # 3
     ["layers"],
     ["cursors", "background"],

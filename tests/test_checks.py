@@ -56,6 +56,7 @@ BAD = {
     "MAX_STREAMS_PER_ADDRESS": True,
     "SEND_RATE": 10,
     "COALESCE_SECONDS": 0,
+    "LOGIN_RATE": "10",
 }
 
 

@@ -107,6 +107,7 @@ NAMES = "ACTIONS must be a list of action names, without slashes or line ends, n
         ("max_streams_per_address", None),
         ("send_rate", None),
         ("coalesce_seconds", 0.005),
+        ("login_rate", (10, 60.0)),
     ],
 )
 def test_default(name, value):
@@ -139,6 +140,7 @@ def test_every_setting_is_listed_in_order():
         "max_streams_per_address",
         "send_rate",
         "coalesce_seconds",
+        "login_rate",
     ]
 
 
@@ -171,6 +173,8 @@ def test_every_setting_is_listed_in_order():
         ("SEND_RATE", (10, 60), (10, 60.0)),
         ("SEND_RATE", [1, 0.5], (1, 0.5)),
         ("SEND_RATE", None, None),
+        ("LOGIN_RATE", (5, 300), (5, 300.0)),
+        ("LOGIN_RATE", None, None),
     ],
     ids=str,
 )
@@ -254,6 +258,11 @@ def test_setting_is_read_live(settings, name, given, value):
                 *((None, 1), (1, None), (1.5, 1), (True, 1), (1, True), ("1", 1), (1, "1")),
                 *((1, float("nan")), {"events": 1, "seconds": 1}),
             )
+        ),
+        (
+            "LOGIN_RATE",
+            (0, 60),
+            "must be None or a pair of positive numbers, (failures, seconds), not (0, 60).",
         ),
     ],
     ids=str,

@@ -59,5 +59,5 @@ def test_rate_limited_says_when_to_come_back():
     """The error has the seconds after which the next event is taken, as a sentence too."""
     error = RateLimited(7)
     assert error.retry_after == 7
-    assert str(error) == "Too many events; the next one is taken in 7 s."
+    assert str(error) == "Too many events; try again in 7 s."
     assert not isinstance(error, ValueError)

@@ -455,7 +455,7 @@ async def test_too_many_posts(client, settings, rate, policy):
     assert [await post(client, **headers) for _ in range(3)] == [200, 200, 429]
     response = await client.post(SEND_URL, headers=headers)
     assert response["Retry-After"] == "7"
-    assert response.content == b"Too many events; the next one is taken in 7 s.\n"
+    assert response.content == b"Too many events; try again in 7 s.\n"
     assert await head(client, **headers) == 200
     rate(6.4)
     assert await post(client, **headers) == 429
@@ -542,7 +542,7 @@ async def test_basic_user_is_not_authenticated_again(monkeypatch):
     async def refuse(*args, **kwargs):
         return None
 
-    monkeypatch.setattr(policies, "aauthenticate", refuse)
+    monkeypatch.setattr(policies, "check_password", refuse)
     assert await ask("listen", opened(made))
     with pytest.raises(NotAuthenticated, match="Wrong user name"):
         await ask("listen", request(Authorization=basic("user:päss:word")))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from asgiref.sync import ThreadSensitiveContext
 from django.core.cache import cache
 from django.test import AsyncRequestFactory
+from redis import ConnectionPool
 
 from django_eventsource import rates
 from django_eventsource.exceptions import RateLimited
@@ -19,17 +21,37 @@ LIMIT = 3
 POSTS = 60
 
 
-@pytest.fixture(params=["locmem", "redis"])
-def shared_cache(request: pytest.FixtureRequest, settings: Any) -> None:
-    """Use an empty cache that counts exactly."""
-    if request.param == "redis":
-        server: ValkeyServer = request.getfixturevalue("valkey_server")
-        settings.CACHES = {
-            "default": {
-                "BACKEND": "django.core.cache.backends.redis.RedisCache",
-                "LOCATION": server.url,
-            }
+class OnePool(ConnectionPool):
+    """A pool of Redis connections that all threads share, so that the test can close it."""
+
+    made: OnePool | None = None
+
+    @classmethod
+    def from_url(cls, url: str, **options: Any) -> OnePool:
+        if cls.made is None:
+            cls.made = super().from_url(url, **options)
+        return cls.made
+
+
+@pytest.fixture
+def redis_cache(settings: Any, valkey_server: ValkeyServer) -> Iterator[ValkeyServer]:
+    """Use an empty Redis cache."""
+    settings.CACHES = {
+        "default": {
+            "BACKEND": "django.core.cache.backends.redis.RedisCache",
+            "LOCATION": valkey_server.url,
+            "OPTIONS": {"pool_class": OnePool},
         }
+    }
+    yield valkey_server
+    if OnePool.made is not None:
+        OnePool.made.disconnect()
+        OnePool.made = None
+
+
+@pytest.fixture
+def locmem_cache() -> None:
+    """Use an empty local-memory cache, Django's default."""
     cache.clear()
 
 
@@ -43,9 +65,12 @@ async def post() -> bool:
         return True
 
 
-@pytest.mark.usefixtures("shared_cache")
-async def test_simultaneous_posts_are_counted_exactly(settings: Any) -> None:
+@pytest.mark.parametrize("kind", ["locmem_cache", "redis_cache"])
+async def test_simultaneous_posts_are_counted_exactly(
+    settings: Any, request: pytest.FixtureRequest, kind: str
+) -> None:
     """Of 60 posts at once, exactly as many pass as the rate allows."""
+    request.getfixturevalue(kind)
     settings.EVENTSOURCE_SEND_RATE = (LIMIT, 10**6)
     passed = await asyncio.gather(*(post() for _ in range(POSTS)))
     assert passed.count(True) == LIMIT
@@ -69,17 +94,11 @@ async def test_a_count_lasts_for_its_whole_window(
 
 
 async def test_a_redis_key_expires_after_its_window(
-    settings: Any, valkey_server: ValkeyServer
+    settings: Any, redis_cache: ValkeyServer
 ) -> None:
     """Counting again does not move the end of the key's life."""
-    settings.CACHES = {
-        "default": {
-            "BACKEND": "django.core.cache.backends.redis.RedisCache",
-            "LOCATION": valkey_server.url,
-        }
-    }
     settings.EVENTSOURCE_SEND_RATE = (10, 1000)
     for _ in range(3):
         assert await post()
-    (key,) = valkey_server.run("KEYS", "*rate*")
-    assert 1000 < valkey_server.run("TTL", key) <= 2001
+    (key,) = redis_cache.run("KEYS", "*rate*")
+    assert 1000 < redis_cache.run("TTL", key) <= 2001
