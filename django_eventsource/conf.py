@@ -19,6 +19,7 @@ from .events import MAX_ACTION_LENGTH, RESET, Event, check_field
 from .exceptions import InvalidEvent
 
 MAX_NUMBER = 10**12
+RETRY_RANGE = "a pair of positive whole numbers, (least, greatest)"
 DEFAULT_HISTORY = "django_eventsource.history.database.DatabaseHistory"
 
 
@@ -172,6 +173,19 @@ class Conf:
     def login_rate(self) -> tuple[int, float] | None:
         """``EVENTSOURCE_LOGIN_RATE``: failed logins of a user at an address, and seconds."""
         return _rate("EVENTSOURCE_LOGIN_RATE", (10, 60.0), "failures")
+
+    @property
+    def retry_range_ms(self) -> tuple[int, int]:
+        """``EVENTSOURCE_RETRY_RANGE_MS``: least and greatest reconnection time to be posted."""
+        name = "EVENTSOURCE_RETRY_RANGE_MS"
+        value = _get(name, (100, 3_600_000))
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        if not pair or not all(type(number) is int for number in value):
+            raise number_error(name, value, RETRY_RANGE)
+        least, most = value
+        if not 0 < least <= most <= MAX_NUMBER:
+            raise number_error(name, value, RETRY_RANGE)
+        return least, most
 
 
 PROPERTIES = [name for name, value in vars(Conf).items() if isinstance(value, property)]

@@ -17,8 +17,9 @@ from django.contrib.sessions.backends.signed_cookies import SessionStore as Sign
 from django.db import transaction
 
 from .events import JSONIdEvent
+from .grants import hash_session_key, user_id
 from .history import get_history
-from .listeners import Listener, hide_session
+from .listeners import Listener
 from .publishing import publish_event
 from .tokens import CONTROL_TOKEN, check_token
 
@@ -88,24 +89,13 @@ async def aclose_streams(*, token: str | None = None, user: Any = None) -> None:
     await sync_to_async(close_streams)(token=token, user=user)
 
 
-def user_id(user: Any) -> str:
-    """Give a user's id: the text of its primary key.
-
-    :raises ValueError: when it has none: an anonymous or unsaved user.
-    """
-    key = getattr(user, "pk", user)
-    if key is None or key == "":
-        raise ValueError(f"The user has no primary key: {user!r}.")
-    return str(key)
-
-
 def on_logout(sender: Any, request: Any, user: Any = None, **kwargs: Any) -> None:
     """Receive Django's ``user_logged_out``: the session's streams end at once."""
     session = getattr(request, "session", None)
     session_key = getattr(session, "session_key", None)
     if session_key is None:
         return
-    selection: dict[str, str | None] = {"session": hide_session(session_key)}
+    selection: dict[str, str | None] = {"session": hash_session_key(session_key)}
     if isinstance(session, SignedCookies) and user is not None:
         # Its key is all its data, and changes with it: the listener's may be another one.
         selection = {"user": user_id(user)}

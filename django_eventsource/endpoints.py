@@ -50,19 +50,21 @@ class GrantAuth(httpx.Auth):
 
     :param token: the token it is for, or several.
     :param listen: grant the right to listen.
-    :param send: grant the right to send.
+    :param action: grant the right to send this action.
     """
 
     def __init__(
-        self, token: str | Sequence[str], *, listen: bool = False, send: bool = False
+        self, token: str | Sequence[str], *, listen: bool = False, action: str | None = None
     ) -> None:
         self.token = token
         self.listen = listen
-        self.send = send
+        self.action = action
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         """Add the grant to the request."""
-        grant = make_grant(self.token, listen=self.listen, send=self.send, seconds=GRANT_SECONDS)
+        grant = make_grant(
+            self.token, listen=self.listen, actions=self.action, seconds=GRANT_SECONDS
+        )
         request.headers["Authorization"] = f"Bearer {grant}"
         yield request
 

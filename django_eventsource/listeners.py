@@ -13,8 +13,6 @@ from enum import StrEnum
 from functools import partial
 from weakref import WeakSet
 
-from django.utils.crypto import salted_hmac
-
 from .addresses import network_of
 from .conf import conf
 from .streams import EventStream
@@ -139,13 +137,6 @@ class Registry:
 
 
 registry = Registry()
-
-
-def hide_session(session_key: str) -> str:
-    """Give what stands for a session's key where others could read it."""
-    return salted_hmac("django_eventsource.session", session_key, algorithm="sha256").hexdigest()[
-        :32
-    ]
 
 
 def _keys(listener: Listener) -> Iterator[tuple[Limit, str]]:

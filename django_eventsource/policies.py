@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest
 from django.middleware.csrf import CsrfViewMiddleware
+from django.utils.crypto import constant_time_compare
 
 from .addresses import address_of, network_of
 from .conf import conf
 from .exceptions import InvalidGrant, NotAuthenticated, RateLimited
-from .grants import Grant, read_grant
+from .grants import Grant, hash_session_key, read_grant
 from .logins import check_password
 from .rates import Window
 
 LISTEN_PERMISSION = "django_eventsource.listen_event"
 SEND_PERMISSION = "django_eventsource.send_event"
 
-USER = "_eventsource_user"
-"""The request's attribute that holds the user who came by HTTP Basic."""
-OPENED = "_eventsource_opened"
-"""The one that holds when its stream began, where an open stream is checked again."""
+CREDENTIALS = "_eventsource_credentials"
+"""The name under which a request keeps its :class:`Credentials`."""
+
+
+@dataclass(slots=True)
+class Credentials:
+    """What the checks of this module have verified of a request."""
+
+    grant: Grant | None = None
+    """The grant that covers what the request asks for."""
+    user: Any = None
+    """The user of HTTP Basic."""
+    opened: float | None = None
+    """When the request's stream began, in seconds since the epoch; ``None``: it has not begun."""
+
+
+def credentials_of(request: HttpRequest) -> Credentials:
+    """Return the request's credentials, which are empty until a check has verified some."""
+    found: Credentials = vars(request).setdefault(CREDENTIALS, Credentials())
+    return found
 
 
 class Policy(Protocol):
@@ -66,17 +84,13 @@ class DefaultPolicy:
     """
 
     async def can_listen(self, request: HttpRequest, token: str) -> bool:
-        grant = find_grant(request)
-        if grant is not None:
-            return check_grant(grant, token, grant.listen, "listen to")
+        if await check_grant(request, token):
+            return True
         user = await basic_user(request) or await session_user(request)
         return await has_permission(user, LISTEN_PERMISSION)
 
     async def can_send(self, request: HttpRequest, token: str, action: str) -> bool:
-        grant = find_grant(request)
-        if grant is not None:
-            check_grant(grant, token, grant.send, "send to")
-        else:
+        if not await check_grant(request, token, action):
             user = await basic_user(request)
             if user is None:
                 user = await session_user(request)
@@ -85,6 +99,49 @@ class DefaultPolicy:
             await has_permission(user, SEND_PERMISSION)
         await check_rate(request)
         return True
+
+
+async def check_grant(request: HttpRequest, token: str, action: str | None = None) -> bool:
+    """Check that the request's grant covers what it asks for; return ``False`` without a grant.
+
+    A grant to send that names no actions covers all but the ``FINISH`` and ``RETRY`` of the
+    Event class. The view, which knows the class, checks that afterwards.
+
+    :param action: the action to send; ``None``: to listen.
+    :raises NotAuthenticated: when the grant is forged, damaged, expired, or bound to a session
+        or a user that are not the request's.
+    :raises PermissionDenied: when it is for another token, right or action.
+    """
+    grant = find_grant(request)
+    if grant is None:
+        return False
+    if token not in grant.tokens:
+        raise PermissionDenied("The grant is for another token.")
+    if not (grant.listen if action is None else grant.send):
+        verb = "listen to" if action is None else "send to"
+        raise PermissionDenied(f"The grant does not allow to {verb} this token.")
+    if action is not None and grant.actions is not None and action not in grant.actions:
+        raise PermissionDenied(f"The grant does not allow the action {action!r}.")
+    if grant.session:
+        await _check_session(request, grant.session)
+    if grant.user:
+        user = await basic_user(request) or await session_user(request)
+        if user is None or str(user.pk) != grant.user:
+            raise NotAuthenticated("The grant is bound to a user who is not logged in here.")
+    credentials_of(request).grant = grant
+    return True
+
+
+async def _check_session(request: HttpRequest, digest: str) -> None:
+    """Check that the request comes from a session, and that its user is still logged in.
+
+    :raises NotAuthenticated: when it does not, or is not.
+    """
+    key: Any = getattr(getattr(request, "session", None), "session_key", None)
+    # The key is the cookie's: whether there is such a session shows when it is read.
+    found = bool(key) and constant_time_compare(digest, hash_session_key(key))
+    if not found or await session_user(request) is None:
+        raise NotAuthenticated("The grant is bound to another session, or to one that has ended.")
 
 
 def find_grant(request: HttpRequest) -> Grant | None:
@@ -98,21 +155,9 @@ def find_grant(request: HttpRequest) -> Grant | None:
     if not text:
         return None
     try:
-        return read_grant(text.strip(), getattr(request, OPENED, None))
+        return read_grant(text.strip(), credentials_of(request).opened)
     except InvalidGrant as error:
         raise NotAuthenticated(str(error)) from error
-
-
-def check_grant(grant: Grant, token: str, right: bool, verb: str) -> bool:
-    """Check that a grant covers the token and the right.
-
-    :raises PermissionDenied: when it does not.
-    """
-    if token not in grant.tokens:
-        raise PermissionDenied("The grant is for another token.")
-    if not right:
-        raise PermissionDenied(f"The grant does not allow to {verb} this token.")
-    return True
 
 
 async def basic_user(request: HttpRequest) -> Any:
@@ -131,13 +176,13 @@ async def basic_user(request: HttpRequest) -> Any:
     if "\0" in credentials:
         raise NotAuthenticated("The HTTP Basic credentials hold NUL.")
     name, _, password = credentials.partition(":")
-    known = getattr(request, USER, None)
-    if known is not None:
-        return await _same_user(known) if hasattr(request, OPENED) else known
+    known = credentials_of(request)
+    if known.user is not None:
+        return known.user if known.opened is None else await _same_user(known.user)
     user = await check_password(request, name, password)
     if user is None:
         raise NotAuthenticated("Wrong user name or password.")
-    setattr(request, USER, user)
+    known.user = user
     return user
 
 
@@ -157,7 +202,7 @@ async def identify(request: HttpRequest) -> str:
 
     Empty where there is none, as with a grant alone.
     """
-    user = getattr(request, USER, None) or await session_user(request)
+    user = credentials_of(request).user or await session_user(request)
     return "" if user is None else str(user.pk)
 
 
@@ -214,7 +259,11 @@ class _CsrfCheck(CsrfViewMiddleware):
         return reason
 
 
+def _csrf_check() -> Any:
+    return _CsrfCheck(lambda request: None)  # type: ignore[arg-type]
+
+
 def _csrf_reason(request: HttpRequest) -> Any:
-    check = _CsrfCheck(lambda request: None)  # type: ignore[arg-type]
+    check = _csrf_check()
     check.process_request(request)
-    return check.process_view(request, None, (), {})  # type: ignore[arg-type]
+    return check.process_view(request, None, (), {})

@@ -19,7 +19,7 @@ from .background import background
 from .batches import Batch, gather
 from .conf import check_event_class, conf
 from .events import Event, is_durable
-from .exceptions import DeliveryFailed, UnknownAction
+from .exceptions import DeliveryFailed, InvalidEvent, UnknownAction
 from .history import Draft, Entry, Kind, get_history
 from .hub import hubs
 from .layers import MESSAGE_TYPE, get_layer, is_process_local
@@ -139,9 +139,14 @@ async def apublish_posted(token: str, action: str, value: Any, event_class: type
     """Publish what came with a request of its own: no transaction is around it.
 
     It takes no thread where nothing blocks, which is a good part of what it costs.
+
+    :raises ValueError: when something is not acceptable, such as a reconnection time out of
+        ``EVENTSOURCE_RETRY_RANGE_MS``.
     """
     event = make_event(token, action, value, event_class)
     draft = Draft.of(event)
+    if draft.kind == Kind.RETRY:
+        _check_retry(int(draft.data))
     history = get_history()
     if history.blocks or not is_process_local() or event_published.has_listeners(event_class):
         await sync_to_async(_publish)([event], [draft], Way())
@@ -150,6 +155,15 @@ async def apublish_posted(token: str, action: str, value: Any, event_class: type
     else:
         _send(token, _of_live([draft]))
     return event
+
+
+def _check_retry(retry_ms: int) -> None:
+    least, most = conf.retry_range_ms
+    if not least <= retry_ms <= most:
+        raise InvalidEvent(
+            f"A posted reconnection time must be from {least} to {most} milliseconds "
+            f"(EVENTSOURCE_RETRY_RANGE_MS), not {retry_ms}."
+        )
 
 
 def publish_event(event: Event) -> Event:

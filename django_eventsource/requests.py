@@ -8,8 +8,8 @@ from .conf import conf
 from .cursors import max_length
 from .events import CURSOR_MARK
 from .exceptions import InvalidToken
+from .grants import hash_session_key
 from .history.base import MAX_CURSOR_LENGTH
-from .listeners import hide_session
 from .tokens import check_token
 
 NO_CURSOR = " "
@@ -70,4 +70,4 @@ def last_event_id(request: HttpRequest, tokens: int = 1) -> str | None:
 def session_of(request: HttpRequest) -> str:
     """Give the hash of the session's key; empty without a session."""
     key = getattr(getattr(request, "session", None), "session_key", None)
-    return hide_session(key) if key else ""
+    return hash_session_key(key) if key else ""

@@ -19,7 +19,7 @@ from django.urls import Resolver404, resolve
 from django.utils import translation
 from django.utils.functional import LazyObject
 
-from .policies import OPENED, USER
+from .policies import CREDENTIALS, Credentials, credentials_of
 from .responses import Slot
 
 PARSED = ("GET", "COOKIES")
@@ -28,7 +28,7 @@ DERIVED = frozenset(
     {"scope", "META", "POST", "FILES", "headers", "accepted_types", "session", *PARSED}
     | {"user", "auser", "_cached_user", "_acached_user"}
     | {"resolver_match", "_stream", "_body", "_post", "_files", "_messages", "_read_started"}
-    | {"csrf_processing_done", "csrf_cookie_needs_update"}
+    | {"csrf_processing_done", "csrf_cookie_needs_update", CREDENTIALS}
 )
 """What a request has that is made again from the rest, or is of no use to a policy."""
 LEFT_OUT = frozenset({"CSRF_COOKIE"})
@@ -95,7 +95,7 @@ class Snapshot:
 
     def remember(self, request: HttpRequest) -> None:
         """Keep who has given a password, which is not asked for again."""
-        self._basic = getattr(request, USER, None)
+        self._basic = credentials_of(request).user
 
     async def restore(self, opened: float) -> HttpRequest:
         """Make the request again.
@@ -108,9 +108,7 @@ class Snapshot:
         request.META.update(self._meta or {})
         for name in self._removed:
             request.META.pop(name, None)
-        setattr(request, OPENED, opened)
-        if self._basic is not None:
-            setattr(request, USER, self._basic)
+        setattr(request, CREDENTIALS, Credentials(user=self._basic, opened=opened))
         language = getattr(request, "LANGUAGE_CODE", None)
         with suppress(Resolver404), translation.override(language) if language else nullcontext():
             urlconf = getattr(request, "urlconf", None)

@@ -35,7 +35,7 @@ from .exceptions import (
 )
 from .history import Draft, get_history
 from .listeners import Limit, Listener, registry
-from .policies import Policy, identify
+from .policies import Policy, credentials_of, identify
 from .publishing import apublish_posted, make_event
 from .requests import keep_body, last_event_id, read_tokens, session_of
 from .responses import HEADERS, EventStreamResponse, Slot
@@ -281,6 +281,12 @@ class EventSourceView(View):
     async def post(self, request: HttpRequest, action: str, token: str) -> HttpResponseBase:
         """Publish the body."""
         event_class = self.get_event_class()
+        grant = credentials_of(request).grant
+        special = action in (event_class.FINISH, event_class.RETRY)
+        if special and grant is not None and grant.actions is None:
+            return text_response(
+                403, f"The grant does not name the action {action!r}, and only then allows it."
+            )
         if self.require_listener and not await get_watch().is_listened(token):
             return text_response(404, "Nobody listens to this token.")
         body = request.body

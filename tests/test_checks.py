@@ -57,6 +57,7 @@ BAD = {
     "SEND_RATE": 10,
     "COALESCE_SECONDS": 0,
     "LOGIN_RATE": "10",
+    "RETRY_RANGE_MS": (0, 1),
 }
 
 

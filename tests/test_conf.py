@@ -108,6 +108,7 @@ NAMES = "ACTIONS must be a list of action names, without slashes or line ends, n
         ("send_rate", None),
         ("coalesce_seconds", 0.005),
         ("login_rate", (10, 60.0)),
+        ("retry_range_ms", (100, 3_600_000)),
     ],
 )
 def test_default(name, value):
@@ -141,6 +142,7 @@ def test_every_setting_is_listed_in_order():
         "send_rate",
         "coalesce_seconds",
         "login_rate",
+        "retry_range_ms",
     ]
 
 
@@ -175,6 +177,7 @@ def test_every_setting_is_listed_in_order():
         ("SEND_RATE", None, None),
         ("LOGIN_RATE", (5, 300), (5, 300.0)),
         ("LOGIN_RATE", None, None),
+        ("RETRY_RANGE_MS", [5, 5], (5, 5)),
     ],
     ids=str,
 )
@@ -263,6 +266,14 @@ def test_setting_is_read_live(settings, name, given, value):
             "LOGIN_RATE",
             (0, 60),
             "must be None or a pair of positive numbers, (failures, seconds), not (0, 60).",
+        ),
+        *(
+            (
+                "RETRY_RANGE_MS",
+                value,
+                f"must be a pair of positive whole numbers, (least, greatest), not {value!r}.",
+            )
+            for value in (None, 5, (1,), (0, 1), (2, 1), (1.0, 2), (True, 2), (1, 10**13))
         ),
     ],
     ids=str,

@@ -71,6 +71,25 @@ def test_a_grant_to_send() -> None:
     ]
 
 
+def test_a_grant_for_actions() -> None:
+    """--action grants sending these actions only, and the curl line sends the first."""
+    grant, _, lines = create("42", "--action", "close", "--action", "ping")
+    assert (grant.listen, grant.send, grant.actions) == (False, True, ("close", "ping"))
+    assert [line[-1] for line in lines] == ["http://127.0.0.1:8000/ev/close/42"]
+    grant, _, lines = create("42", "--listen", "--action", "retry")
+    assert (grant.listen, grant.send, grant.actions) == (True, True, ("retry",))
+    assert len(lines) == 2
+
+
+def test_a_grant_to_send_that_covers_no_action(settings: Any) -> None:
+    """With a class of which --send covers nothing the error names the way out."""
+    settings.EVENTSOURCE_EVENT_CLASS = f"{__name__}.OnlyClose"
+    with pytest.raises(CommandError, match=r"--send covers no action of OnlyClose, .* --action"):
+        create("42", "--send")
+    grant, _, _ = create("42", "--action", "close")
+    assert grant.actions == ("close",)
+
+
 def test_a_grant_for_both() -> None:
     """Both rights are one grant, with a line for each."""
     grant, _, lines = create("42", "--listen", "--send", "--url", "https://h/x")
@@ -82,7 +101,6 @@ def test_a_grant_for_both() -> None:
     ("path", "words"),
     [
         ("django_eventsource.events.JSONIdEvent", ['"hello"', "http://127.0.0.1:8000/ev/ping/42"]),
-        (f"{__name__}.OnlyClose", ["hello", "http://127.0.0.1:8000/ev/close/42"]),
     ],
 )
 def test_the_line_fits_the_event_class(settings: Any, path: str, words: list[str]) -> None:
@@ -107,6 +125,7 @@ def test_urls_that_are_not_mounted(settings: Any) -> None:
         (("",), "token"),
         (("42", "--expires", "0"), "--expires must be a positive number of seconds, not '0'."),
         (("42", "-P", "0"), "-P/--port must be a whole number"),
+        (("42", "--action", ""), "The action is empty"),
     ],
 )
 def test_bad_input(arguments: tuple[str, ...], message: str) -> None:

@@ -8,11 +8,12 @@ import time
 from urllib.parse import quote
 
 import pytest
+from django.contrib.auth.models import User
 from django.core import signing
 
 from django_eventsource import grants
 from django_eventsource.exceptions import InvalidGrant, InvalidToken
-from django_eventsource.grants import Grant, make_grant, read_grant
+from django_eventsource.grants import Grant, hash_session_key, make_grant, read_grant
 
 NOW = 1_800_000_000.25
 INVALID = r"^The grant is not valid: it was changed or not made here\.$"
@@ -39,6 +40,21 @@ def test_grant_says_what_it_was_made_for(token, listen, send):
     """A grant has its token, its rights and its expiry, rounded up to a second."""
     grant = read_grant(make_grant(token, listen=listen, send=send, seconds=60))
     assert grant == Grant(tokens=(token,), listen=listen, send=send, expires=1_800_000_061)
+
+
+def test_grant_that_is_bound():
+    """A grant contains its actions, the hash of its session's key and the id of its user."""
+    text = make_grant("t", actions="ping", session_key="key", user=User(pk=7), seconds=60)
+    assert read_grant(text) == Grant(
+        tokens=("t",),
+        listen=False,
+        send=True,
+        expires=1_800_000_061,
+        actions=("ping",),
+        session=hash_session_key("key"),
+        user="7",
+    )
+    assert read_grant(make_grant("t", listen=True, user=0)).user == "0"
 
 
 def test_grant_needs_no_quoting():
@@ -71,6 +87,9 @@ def test_grant_expires(clock):
         ("", {"listen": True}, "token is empty"),
         ("a" * 256, {"listen": True}, "256 characters"),
         ("token", {}, r"needs a right: pass listen=True, send=True or both"),
+        ("token", {"actions": []}, "The list of actions is empty"),
+        ("token", {"actions": ["ping", "a\nb"]}, "holds LF"),
+        ("token", {"listen": True, "user": User()}, "The user has no primary key"),
         *(
             (
                 "token",
@@ -80,7 +99,18 @@ def test_grant_expires(clock):
             for seconds in (0, -1, float("inf"), float("nan"))
         ),
     ],
-    ids=["empty", "long", "no-right", "zero", "negative", "infinite", "nan"],
+    ids=[
+        "empty",
+        "long",
+        "no-right",
+        "no-action",
+        "action",
+        "user",
+        "zero",
+        "negative",
+        "infinite",
+        "nan",
+    ],
 )
 def test_grant_that_makes_no_sense_is_not_made(token, options, reason):
     """A bad token, no right or no lifetime is a ValueError."""
@@ -194,3 +224,11 @@ def test_time_does_not_make_a_forged_grant_good():
     """The signature counts at any time."""
     with pytest.raises(InvalidGrant, match=INVALID):
         read_grant(make_grant("token", listen=True)[:-1], 0.0)
+
+
+def test_a_session_key_is_hashed() -> None:
+    """Its key cannot be read from what stands for it, and another one differs."""
+    hidden = hash_session_key("secret-key")
+    assert "secret" not in hidden
+    assert hidden == hash_session_key("secret-key") != hash_session_key("secret-kez")
+    assert len(hidden) == 32

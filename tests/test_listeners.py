@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from django_eventsource.history import Position
-from django_eventsource.listeners import Limit, Listener, Registry, hide_session
+from django_eventsource.listeners import Limit, Listener, Registry
 from django_eventsource.responses import EventStreamResponse, Slot
 from django_eventsource.streams import EventStream, Reason
 
@@ -345,11 +345,3 @@ async def test_never_due(settings, registry: Registry) -> None:
     stream = admit(registry, listener)
     assert isinstance(stream, EventStream)
     assert listener.ends_at == listener.recheck_at == float("inf")
-
-
-def test_a_session_is_hidden() -> None:
-    """Its key cannot be read from what stands for it, and another one differs."""
-    hidden = hide_session("secret-key")
-    assert "secret" not in hidden
-    assert hidden == hide_session("secret-key") != hide_session("secret-kez")
-    assert len(hidden) == 32

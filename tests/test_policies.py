@@ -13,7 +13,13 @@ from django.test import AsyncClient, AsyncRequestFactory
 from django_eventsource import grants, policies, rates
 from django_eventsource.exceptions import NotAuthenticated, RateLimited
 from django_eventsource.grants import make_grant
-from django_eventsource.policies import OPENED, AllowAny, DefaultPolicy, check_rate, identify
+from django_eventsource.policies import (
+    AllowAny,
+    DefaultPolicy,
+    check_rate,
+    credentials_of,
+    identify,
+)
 
 LISTEN_URL = "/events/poll/token"
 SEND_URL = "/events/ping/token"
@@ -515,7 +521,7 @@ async def test_a_count_that_the_cache_dropped_refuses_no_sender(rate, monkeypatc
 
 def opened(made, ago=0.0):
     """What the view does before it asks again."""
-    setattr(made, OPENED, grants.time.time() - ago)
+    credentials_of(made).opened = grants.time.time() - ago
     return made
 
 

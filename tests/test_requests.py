@@ -11,7 +11,7 @@ from django.test import RequestFactory
 
 from django_eventsource.cursors import join_cursor, max_length, short_key
 from django_eventsource.exceptions import InvalidToken
-from django_eventsource.listeners import hide_session
+from django_eventsource.grants import hash_session_key
 from django_eventsource.requests import (
     NO_CURSOR,
     keep_body,
@@ -140,4 +140,4 @@ def test_session() -> None:
     request.session = SessionStore()
     assert session_of(request) == ""
     request.session = SessionStore("a-session-key")
-    assert session_of(request) == hide_session("a-session-key")
+    assert session_of(request) == hash_session_key("a-session-key")

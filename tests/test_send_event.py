@@ -433,7 +433,7 @@ def test_over_http(published: Published) -> None:
     assert (request.method, request.path, request.body) == ("POST", "/ev/ping/4%2F2", "é".encode())
     assert request.headers["content-type"] == b"text/plain; charset=utf-8"
     grant = read_grant(request.headers["authorization"].decode().removeprefix("Bearer "))
-    assert (grant.tokens, grant.listen, grant.send) == (("4/2",), False, True)
+    assert (grant.tokens, grant.listen, grant.actions) == (("4/2",), False, ("ping",))
     assert published == []
 
 

@@ -22,7 +22,7 @@ from django.utils import translation
 from django.utils.functional import SimpleLazyObject
 
 from django_eventsource.addresses import address_of
-from django_eventsource.policies import OPENED, USER, session_user
+from django_eventsource.policies import credentials_of, session_user
 from django_eventsource.responses import Slot
 from django_eventsource.snapshots import Snapshot
 
@@ -79,7 +79,7 @@ def test_the_user_of_later() -> None:
     User.objects.update(first_name="Ada")
     opened = time.time() - 100
     restored: Any = restore(snapshot, opened)
-    assert getattr(restored, OPENED) == opened
+    assert credentials_of(restored).opened == opened
     assert user_of(restored).first_name == restored.user.first_name == "Ada"
     User.objects.update(is_active=False)
     assert user_of(restored) == user, "it is not asked for at every look"
@@ -97,7 +97,7 @@ def test_a_request_without_users() -> None:
     """Without the middleware there is nobody to look up."""
     request: Any = AsyncRequestFactory().get("/")
     restored: Any = again(request, 5.0)
-    assert getattr(restored, OPENED) == 5.0
+    assert credentials_of(restored).opened == 5.0
     assert not hasattr(restored, "user")
     assert not hasattr(restored, "session")
     request.session = SessionStore("a-session-key")
@@ -221,11 +221,11 @@ def test_who_gave_a_password() -> None:
     """That was checked; who it was is remembered."""
     request = made()
     snapshot = snapshot_of(request)
-    assert not hasattr(restore(snapshot), USER)
+    assert credentials_of(restore(snapshot)).user is None
     ada = User(username="ada")
-    setattr(request, USER, ada)
+    credentials_of(request).user = ada
     snapshot.remember(request)
-    assert getattr(restore(snapshot), USER) is ada
+    assert credentials_of(restore(snapshot)).user is ada
 
 
 # Sessions of other kinds

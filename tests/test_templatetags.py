@@ -42,6 +42,7 @@ def test_url_to_send():
     assert urlsplit(url).path == "/events/ping/42"
     grant = grant_of(url)
     assert (grant.tokens, grant.listen, grant.send) == (("42",), False, True)
+    assert grant.actions == ("ping",)
 
 
 def test_listen_action_by_name():

@@ -24,9 +24,19 @@ class Command(BaseCommand):
         parser.add_argument(
             "--listen",
             action="store_true",
-            help="Grant the right to listen (the default without --send).",
+            help="Grant the right to listen (the default without --send and --action).",
         )
-        parser.add_argument("--send", action="store_true", help="Grant the right to send.")
+        parser.add_argument(
+            "--send",
+            action="store_true",
+            help="Grant the right to send every action except the class's FINISH and RETRY.",
+        )
+        parser.add_argument(
+            "--action",
+            action="append",
+            metavar="ACTION",
+            help="Grant the right to send this action, whichever it is; repeatable.",
+        )
         parser.add_argument(
             "--expires",
             metavar="SECONDS",
@@ -37,14 +47,16 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         """Print the grant on the first line, then a curl line for each right.
 
-        :raises CommandError: for a bad token or option.
+        :raises CommandError: for a bad token or option, and for --send with a class of which it
+            covers no action.
         """
-        token, send = options["token"], options["send"]
+        token, actions = options["token"], options["action"]
+        send = options["send"] or actions is not None
         listen = options["listen"] or not send
         expires = options["expires"]
         seconds = None if expires is None else endpoints.positive_seconds("--expires", expires)
         try:
-            grant = make_grant(token, listen=listen, send=send, seconds=seconds)
+            grant = make_grant(token, listen=listen, send=send, actions=actions, seconds=seconds)
         except ValueError as error:
             raise CommandError(str(error)) from error
         lines = []
@@ -69,11 +81,21 @@ class Command(BaseCommand):
         """Give the curl line that sends an event."""
         event_class = conf.event_class
         value = '"hello"' if event_class.content_type == "application/json" else "hello"
-        url = endpoints.event_url(_an_action(event_class), options["token"], options)
+        action = options["action"][0] if options["action"] else _an_action(event_class)
+        url = endpoints.event_url(action, options["token"], options)
         return shlex.join(["curl", "-H", f"Authorization: Bearer {grant}", "-d", value, url])
 
 
 def _an_action(event_class: type[Event]) -> str:
+    """Return an action that a grant to send covers.
+
+    :raises CommandError: when the class has none.
+    """
     special = (event_class.RETRY, event_class.FINISH)
     ordinary = [action for action in event_class.ACTIONS if action not in special]
-    return (ordinary or [event_class.FINISH])[0]
+    if not ordinary:
+        raise CommandError(
+            f"--send covers no action of {event_class.__name__}, which allows "
+            f"{', '.join(event_class.ACTIONS) or 'none'}: name one with --action."
+        )
+    return ordinary[0]

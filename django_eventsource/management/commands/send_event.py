@@ -105,7 +105,7 @@ class Command(BaseCommand):
             self.check_direct(options)
             yield Send(self.prepare, publish_directly)
             return
-        grant = endpoints.GrantAuth(self.token, send=True)
+        grant = endpoints.GrantAuth(self.token, action=self.action)
         content_type = conf.event_class.content_type
         with EventSender(
             endpoints.event_url(self.action, self.token, options),

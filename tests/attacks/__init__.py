@@ -1,0 +1,1 @@
+"""The attacks that the security review tried, as bounded tests."""
