@@ -22,6 +22,8 @@ from .rates import Window
 LISTEN_PERMISSION = "django_eventsource.listen_event"
 SEND_PERMISSION = "django_eventsource.send_event"
 
+AMBIENT_SCHEMES = {"", "basic", "digest", "negotiate", "ntlm"}
+"""The schemes of ``Authorization`` that a browser may send by itself, and no header at all."""
 CREDENTIALS = "_eventsource_credentials"
 """The name under which a request keeps its :class:`Credentials`."""
 
@@ -252,6 +254,33 @@ async def check_csrf(request: HttpRequest) -> None:
     reason = await sync_to_async(_csrf_reason)(request)
     if reason is not None:
         raise PermissionDenied(f"CSRF check failed: {reason}")
+
+
+def check_origin(request: HttpRequest) -> None:
+    """Refuse a POST that a page of another site makes a browser send.
+
+    A browser adds cookies and HTTP Basic to such a request by itself, but no grant and no
+    other ``Authorization``: with one of these the request may come from any site.
+    ``CSRF_TRUSTED_ORIGINS`` names further sites.
+
+    :raises PermissionDenied: when the page is not of this site.
+    """
+    scheme, _, _ = request.headers.get("Authorization", "").partition(" ")
+    if credentials_of(request).grant is not None or scheme.lower() not in AMBIENT_SCHEMES:
+        return
+    origin = request.headers.get("Origin")
+    if origin is None:
+        site = request.headers.get("Sec-Fetch-Site", "")
+        foreign = site in ("cross-site", "same-site")
+        shown = f"Sec-Fetch-Site is {site!r}"
+    else:
+        foreign = not _csrf_check()._origin_verified(request)
+        shown = f"Origin is {origin[:200]!r}"
+    if foreign:
+        raise PermissionDenied(
+            f"The request comes from a page of another site ({shown}): send a grant, or list the "
+            "origin in CSRF_TRUSTED_ORIGINS."
+        )
 
 
 class _CsrfCheck(CsrfViewMiddleware):

@@ -10,11 +10,15 @@ from django.http import StreamingHttpResponse
 from .frames import CONTENT_TYPE
 from .streams import EventStream
 
+PRIVATE = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
+"""The headers of every answer. Django's cache middleware heeds ``private`` alone."""
 HEADERS = {
+    **PRIVATE,
     "Content-Type": CONTENT_TYPE,
-    "Cache-Control": "no-store, no-transform",
+    "Cache-Control": "private, no-store, no-transform",
     "X-Accel-Buffering": "no",
 }
+"""The headers of a stream."""
 
 
 class Slot:

@@ -35,10 +35,10 @@ from .exceptions import (
 )
 from .history import Draft, get_history
 from .listeners import Limit, Listener, registry
-from .policies import Policy, credentials_of, identify
+from .policies import Policy, check_origin, credentials_of, identify
 from .publishing import apublish_posted, make_event
 from .requests import keep_body, last_event_id, read_tokens, session_of
-from .responses import HEADERS, EventStreamResponse, Slot
+from .responses import HEADERS, PRIVATE, EventStreamResponse, Slot
 from .shutdown import shutdown
 from .signals import stream_opened
 from .snapshots import Snapshot
@@ -53,6 +53,7 @@ troubles = Troubles(logger)
 SETTING: Any = object()
 """Stands for the setting's value where ``None`` has a meaning of its own."""
 
+METHODS = ["GET", "HEAD", "POST", "OPTIONS"]
 WSGI_PAGE = (
     "Server-sent events need an ASGI server, and this request came through WSGI.\n"
     "Serve the project's ASGI application with daphne, uvicorn, hypercorn or granian;\n"
@@ -78,7 +79,7 @@ class EventSourceView(View):
     require_listener: bool = False
     """Answer 404 to a POST to a token that nobody listens to."""
 
-    http_method_names = ["get", "head", "post", "options"]
+    http_method_names = [method.lower() for method in METHODS]
 
     @classonlymethod
     def as_view(cls, **initkwargs: Any) -> Callable[..., HttpResponseBase]:  # noqa: N805
@@ -100,17 +101,14 @@ class EventSourceView(View):
     async def dispatch(  # type: ignore[override]
         self, request: HttpRequest, action: str = "", token: str = "", **kwargs: Any
     ) -> HttpResponseBase:
-        """Check action, method, token and permission, in this order, then answer."""
-        methods = self.methods(action)
-        if not methods:
-            event_class = self.get_event_class()
-            sends = request.method == "POST"
-            allowed = list(event_class.ACTIONS) if sends else [event_class.LISTEN]
-            return text_response(404, str(UnknownAction(action, allowed, event_class.__name__)))
-        if request.method not in methods:
-            return self.not_allowed(methods)
+        """Check method, token, permission and action, in this order, then answer.
+
+        Without permission a client cannot learn which actions there are.
+        """
         if request.method == "OPTIONS":
-            return HttpResponse(headers={"Allow": ", ".join(methods), "Content-Length": "0"})
+            return HttpResponse(headers={"Allow": ", ".join(METHODS), "Content-Length": "0"})
+        if request.method not in METHODS:
+            return not_allowed(METHODS)
         try:
             check_token(token)
             tokens = read_tokens(request, token, conf.stream_max_tokens)
@@ -138,6 +136,8 @@ class EventSourceView(View):
                 allowed = await may_listen(policy, request, tokens)
             if not allowed:
                 await refuse(request)
+            if sends:
+                check_origin(request)
         except NotAuthenticated as error:
             return unauthorized(str(error))
         except PermissionDenied as error:
@@ -151,6 +151,11 @@ class EventSourceView(View):
             if sends:
                 return text_response(503, "The database failed; the event was not published.")
             return later()
+        methods = self.methods(action)
+        if not methods:
+            return self.unknown_action(action, sends)
+        if request.method not in methods:
+            return not_allowed(methods)
         if sends:
             return await self.post(request, action, tokens[0])
         return await self.get(request, tokens, policy, snapshot)
@@ -209,7 +214,7 @@ class EventSourceView(View):
             troubles.tell("The history of %r cannot be read; asking to come back.", tokens, error)
             return later()
         if all(position.closed for position in positions.values()):
-            return HttpResponse(status=204, headers={"Cache-Control": "no-store"})
+            return HttpResponse(status=204, headers=PRIVATE)
         try:
             state = b"".join(
                 [
@@ -308,7 +313,8 @@ class EventSourceView(View):
         except DeliveryFailed:
             logger.exception("A live-only event was lost.")
             return text_response(503, "The channel layer failed; the event was not sent.")
-        return JsonResponse({"id": event.id}, headers={"Accept": event_class.content_type})
+        headers = {**PRIVATE, "Accept": event_class.content_type}
+        return JsonResponse({"id": event.id}, headers=headers)
 
     # Methods
 
@@ -322,12 +328,11 @@ class EventSourceView(View):
             methods += ["POST"]
         return [*methods, "OPTIONS"] if methods else []
 
-    def not_allowed(self, methods: list[str]) -> HttpResponse:
-        """Answer 405, naming the methods that are."""
-        allowed = ", ".join(methods)
-        response = text_response(405, f"This URL answers {allowed}.")
-        response["Allow"] = allowed
-        return response
+    def unknown_action(self, action: str, sends: bool) -> HttpResponse:
+        """Answer 404, naming the actions that there are."""
+        event_class = self.get_event_class()
+        allowed = list(event_class.ACTIONS) if sends else [event_class.LISTEN]
+        return text_response(404, str(UnknownAction(action, allowed, event_class.__name__)))
 
 
 async def may_listen(policy: Policy, request: HttpRequest, tokens: list[str]) -> bool:
@@ -370,13 +375,19 @@ async def refuse(request: HttpRequest) -> None:
     raise NotAuthenticated("Authentication is required.")
 
 
+def not_allowed(methods: list[str]) -> HttpResponse:
+    """Answer 405, naming the methods that are allowed."""
+    allowed = ", ".join(methods)
+    return text_response(405, f"This URL answers {allowed}.", Allow=allowed)
+
+
 def text_response(status: int, text: str, **headers: str) -> HttpResponse:
     """Answer with one line of text."""
     return HttpResponse(
         text.rstrip("\n") + "\n",
         status=status,
         content_type="text/plain; charset=utf-8",
-        headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers},
+        headers={**PRIVATE, **headers},
     )
 
 

@@ -27,8 +27,9 @@ async def test_response_headers() -> None:
     response = EventStreamResponse(open_stream())
     assert response.status_code == 200
     assert response["Content-Type"] == "text/event-stream"
-    assert response["Cache-Control"] == "no-store, no-transform"
+    assert response["Cache-Control"] == "private, no-store, no-transform"
     assert response["X-Accel-Buffering"] == "no"
+    assert response["X-Content-Type-Options"] == "nosniff"
     assert not response.has_header("Content-Length")
 
 

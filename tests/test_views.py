@@ -177,7 +177,7 @@ async def test_get_opens_a_stream(client: AsyncClient) -> None:
     (entry,) = add(get_history(), "a", token="42:42")
     response = await client.get("/events/poll/42:42")
     assert response["Content-Type"] == "text/event-stream"
-    assert response["Cache-Control"] == "no-store, no-transform"
+    assert response["Cache-Control"] == "private, no-store, no-transform"
     assert await start(response) == f"id: {entry.seq}\n\n".encode()
 
 
@@ -856,22 +856,24 @@ async def test_token_that_is_no_utf8() -> None:
 
 @pytest.mark.parametrize("method", ["put", "patch", "delete", "trace"])
 async def test_wrong_methods(client: AsyncClient, method: str) -> None:
-    """405 with Allow."""
-    response = await getattr(client, method)("/events/ping/t")
-    assert (response.status_code, response["Allow"]) == (405, "POST, OPTIONS")
+    """405 with Allow, which does not depend on the action."""
+    for action in ("ping", "poll", "unknown"):
+        response = await getattr(client, method)(f"/events/{action}/t")
+        assert (response.status_code, response["Allow"]) == (405, "GET, HEAD, POST, OPTIONS")
 
 
 async def test_options_opens_nothing(client: AsyncClient) -> None:
-    """OPTIONS names the methods of the URL."""
-    for url, allowed in [
-        ("/events/poll/t", "GET, HEAD, OPTIONS"),
-        ("/events/close/t", "POST, OPTIONS"),
-        ("/both/talk/t", "GET, HEAD, POST, OPTIONS"),
-    ]:
+    """OPTIONS names the methods of the view, whatever the action."""
+    for url in ("/events/poll/t", "/events/close/t", "/events/pong/t", "/both/talk/t"):
         response = await client.options(url)
         assert (response.status_code, response.content) == (200, b"")
-        assert response["Allow"] == allowed
-    assert (await client.options("/events/pong/t")).status_code == 404
+        assert response["Allow"] == "GET, HEAD, POST, OPTIONS"
+
+
+async def test_an_action_may_be_for_both_methods(client: AsyncClient) -> None:
+    """The same URL listens and sends where the class says so."""
+    assert await start(await client.get("/both/talk/t"))
+    assert (await send(client, "/both/talk/t", "x")).status_code == 200
 
 
 async def test_a_body_that_middleware_consumed(settings) -> None:
@@ -1120,7 +1122,7 @@ async def test_every_middleware_in_djangos_box(settings) -> None:
     assert not response.has_header("Content-Encoding")
     assert not response.has_header("Content-Length")
     assert not response.has_header("ETag")
-    assert response["Cache-Control"] == "no-store, no-transform"
+    assert response["Cache-Control"] == "private, no-store, no-transform"
     assert await start(response) == f"id: {entry.seq}\n\n".encode()
 
 
