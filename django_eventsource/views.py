@@ -114,6 +114,10 @@ class EventSourceView(View):
             tokens = read_tokens(request, token, conf.stream_max_tokens)
         except InvalidToken as error:
             return text_response(400, str(error))
+        if request.method == "POST" and len(tokens) > 1:
+            return text_response(
+                400, "An event is published to the token of the path: ?token= is for GET."
+            )
         return await self.answer(request, action, tokens)
 
     async def answer(

@@ -138,6 +138,16 @@ async def test_the_bounds_of_a_posted_retry_are_a_setting(settings: Any) -> None
     assert found == [400, 200, 200, 400]
 
 
+async def test_no_token_of_a_posts_query_is_ignored() -> None:
+    """A POST that names further tokens is refused, and publishes nothing."""
+    grant = make_grant(["a", "b"], send=True)
+    response = await post(f"/events/ping/a?token=b&grant={grant}")
+    assert response.status_code == 400
+    assert b"?token= is for GET" in response.content
+    assert not get_history().heads(["a"])["a"].life
+    assert (await post(f"/events/ping/a?token=a&grant={grant}")).status_code == 200
+
+
 # Sessions
 
 
