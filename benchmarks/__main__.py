@@ -61,6 +61,11 @@ def tokens(rounds: int) -> dict[int, Any]:
     return measure.tokens(who.HANDED_OVER)
 
 
+def attacked(rounds: int) -> dict[str, Any]:
+    """Measure streams under an attack on HTTP Basic."""
+    return measure.attacked(who.HANDED_OVER, rounds)
+
+
 def broker(rounds: int) -> dict[int, float]:
     """Count what a publish asks of Redis."""
     return measure.broker(who.HANDED_OVER)
@@ -83,6 +88,7 @@ SECTIONS: dict[str, Callable[[int], Any]] = {
     "opening": measure.opening,
     "growth": growth,
     "tokens": tokens,
+    "attacked": attacked,
     "broker": broker,
     "histories": histories,
 }
@@ -226,6 +232,22 @@ def figures(found: dict[str, Any], rounds: int) -> str:
                 for count, result in found["tokens"].items()
             ],
             "20 20 20 20 20",
+        ),
+        _title("Under attack"),
+        f"{measure.ATTACKED['listeners']} listeners of one token, {measure.ATTACKED['rate']} "
+        f"events a second, and {measure.ATTACKERS} connections that log in with invented users by HTTP "
+        "Basic, each from an address of its own as far as the throttle can tell:\n",
+        table(
+            ("", "latency p50, ms", "p99, ms"),
+            [
+                (
+                    name,
+                    number(median(results, "latency_ms", "p50")),
+                    number(median(results, "latency_ms", "p99")),
+                )
+                for name, results in found["attacked"].items()
+            ],
+            "40 30 30",
         ),
         _title("Histories"),
         table(

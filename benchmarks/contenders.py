@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 30.0
+DJANGO = {"DJANGO_SETTINGS_MODULE": "benchmarks.settings", "PYTHONPATH": str(ROOT)}
 NCHAN_MODULES = (
     "/usr/lib/nginx/modules/ngx_nchan_module.so",
     "/usr/lib64/nginx/modules/ngx_nchan_module.so",
@@ -139,10 +140,7 @@ def run(contender: Contender, **environment: str) -> Iterator[Running]:
         process = subprocess.Popen(
             _command(contender, port, Path(directory)),
             cwd=ROOT,
-            env=os.environ
-            | {"DJANGO_SETTINGS_MODULE": "benchmarks.settings", "PYTHONPATH": str(ROOT)}
-            | contender.environment
-            | environment,
+            env=os.environ | DJANGO | contender.environment | environment,
         )
         try:
             _wait(port, process)
@@ -154,6 +152,13 @@ def run(contender: Contender, **environment: str) -> Iterator[Running]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def migrate(**environment: str) -> None:
+    """Make the tables of the database that the environment names."""
+    command = [sys.executable, "-W", "ignore", "-m", "django", "migrate"]
+    command += ["--verbosity", "0", "--skip-checks"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | DJANGO | environment, check=True)
 
 
 def _command(contender: Contender, port: int, directory: Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from redis import Redis
 
 from benchmarks import contenders, load
+from benchmarks.attack import attacking
 from benchmarks.contenders import Contender, Running
 from benchmarks.stores import valkey
 
@@ -22,6 +23,8 @@ INSTRUCTIONS = "instructions_per_delivery"
 
 PACED = {"listeners": 1000, "events": 60, "rate": 20}
 FLOOD = {"listeners": 500, "events": 500, "publishers": 8}
+ATTACKED = {"listeners": 200, "events": 200, "rate": 20}
+ATTACKERS = 20
 GROWTH = (100, 300, 1000, 3000)
 TOKENS = (1, 10, 100, 1000)
 PER_SECOND = 10_000
@@ -143,6 +146,31 @@ def opening(rounds: int) -> dict[str, list[Result]]:
                 result = load.run(**common, listeners=600, idle=0.2)
             found.setdefault(contender.name, []).append(result)
             print(f"  {contender.name}: {result['open_cpu_us']:.0f} us", flush=True)
+    return found
+
+
+def attacked(contender: Contender, rounds: int) -> dict[str, list[Result]]:
+    """Measure streams while connections log in with invented users, and without them.
+
+    No login is throttled, as if each came from an address of its own.
+    """
+    found: dict[str, list[Result]] = {"no attack": [], "under attack": []}
+    with tempfile.TemporaryDirectory() as directory:
+        environment = {
+            "BENCH_DATABASE": f"{directory}/users.sqlite3",
+            "BENCH_LOGIN_RATE": "none",
+        }
+        contenders.migrate(**environment)
+        for _ in range(rounds):
+            with contenders.run(contender, **environment) as running:
+                found["no attack"].append(streams(contender, running, **ATTACKED))
+                with attacking(running.port, "/closed/poll/t", ATTACKERS) as answers:
+                    result = streams(contender, running, **ATTACKED)
+            if set(answers) != {401}:
+                raise RuntimeError(f"The attack was not answered 401: {dict(answers)}.")
+            found["under attack"].append(result)
+            for name, results in found.items():
+                print(f"  {name}: p99 {results[-1]['latency_ms']['p99']:.1f} ms", flush=True)
     return found
 
 

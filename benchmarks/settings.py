@@ -3,11 +3,12 @@
 ``BENCH_HISTORY`` is ``memory`` (if not given), ``database`` or ``redis``; ``BENCH_LAYER``
 ``memory`` or ``redis``; ``BENCH_REDIS`` the URL of a server; ``BENCH_DATABASE`` the path of an
 SQLite file, or the URL of a PostgreSQL server. ``BENCH_MIDDLEWARE=none`` leaves all middleware
-out; ``BENCH_PEER=django_eventstream`` adds an app.
+out; ``BENCH_PEER=django_eventstream`` adds an app; ``BENCH_LOGIN_RATE=none`` throttles no logins.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -54,6 +55,8 @@ if DATABASE.startswith("postgresql:"):
         "PORT": str(url.port or ""),
     }
 LOGGING_CONFIG = None
+# A line for each refused login would be a good part of what is measured.
+logging.getLogger("django.request").setLevel(logging.ERROR)
 
 REDIS = os.environ.get("BENCH_REDIS", "")
 CHANNEL_LAYERS = {
@@ -67,6 +70,8 @@ CHANNEL_LAYERS = {
 }[os.environ.get("BENCH_LAYER", "memory")]
 
 EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
+if os.environ.get("BENCH_LOGIN_RATE") == "none":
+    EVENTSOURCE_LOGIN_RATE = None
 EVENTSOURCE_HISTORY = {
     "memory": {"BACKEND": "django_eventsource.history.memory.MemoryHistory"},
     "database": {"BACKEND": "django_eventsource.history.database.DatabaseHistory"},

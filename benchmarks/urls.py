@@ -11,6 +11,9 @@ from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.urls import include, path
 from django.views.decorators.csrf import csrf_exempt
 
+from django_eventsource.policies import DefaultPolicy
+from django_eventsource.views import EventSourceView
+
 HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
 
 
@@ -41,6 +44,7 @@ async def naive(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
 
 urlpatterns = [
     path("events/", include("django_eventsource.urls")),
+    path("closed/<action>/<token>", EventSourceView.as_view(policy=DefaultPolicy)),
     path("bare", bare_view),
     path("naive", naive),
 ]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import socket
+import threading
+import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from docutils.core import publish_doctree
 
 from benchmarks import contenders, measure, report
+from benchmarks.attack import attacking
 from benchmarks.instructions import counted
 
 
@@ -110,6 +116,53 @@ def test_figures_that_a_machine_does_not_give() -> None:
     assert measure.between(one, none, name) is None
     both = {contenders.BARE.name: one, contenders.HANDED_OVER.name: none}
     assert measure.ratio(both, contenders.HANDED_OVER, contenders.BARE, name) is None
+
+
+class Closed(BaseHTTPRequestHandler):
+    """A server that refuses every login."""
+
+    protocol_version = "HTTP/1.1"
+    logins: list[tuple[int, str]] = []
+
+    def do_GET(self) -> None:
+        scheme, _, text = self.headers["Authorization"].partition(" ")
+        assert scheme == "Basic"
+        self.logins.append((self.client_address[1], base64.b64decode(text).decode()))
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_an_attack_logs_in_with_invented_users_over_its_connections() -> None:
+    """Each connection goes on until the block ends, and then all have ended."""
+    before = threading.active_count()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with attacking(server.server_address[1], "/", 3) as answers:
+            deadline = time.monotonic() + 30
+            while answers[401] < 30 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        server.shutdown()
+        thread.join()
+    assert set(answers) == {401}
+    assert answers[401] == len(Closed.logins) >= 30
+    assert len({port for port, _ in Closed.logins}) == 3
+    assert len({name for _, name in Closed.logins}) == len(Closed.logins)
+    assert threading.active_count() == before
+
+
+def test_an_attack_survives_a_server_that_hangs_up() -> None:
+    """A connection that was cut is opened again, and is no answer."""
+    server = socket.create_server(("127.0.0.1", 0))
+    with attacking(server.getsockname()[1], "/", 1) as answers:
+        for _ in range(3):
+            server.accept()[0].close()
+        server.close()
+    assert not answers
 
 
 @pytest.mark.slow
