@@ -235,8 +235,8 @@ def figures(found: dict[str, Any], rounds: int) -> str:
         ),
         _title("Under attack"),
         f"{measure.ATTACKED['listeners']} listeners of one token, {measure.ATTACKED['rate']} "
-        f"events a second, and {measure.ATTACKERS} connections that log in with invented users by HTTP "
-        "Basic, each from an address of its own as far as the throttle can tell:\n",
+        f"events a second, and {measure.ATTACKERS} connections that log in with invented users "
+        "by HTTP Basic, each from an address of its own as far as the throttle can tell:\n",
         table(
             ("", "latency p50, ms", "p99, ms"),
             [

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +21,9 @@ from django_eventsource.listeners import registry
 from django_eventsource.policies import check_rate
 from django_eventsource.streams import Reason
 from tests.listeners import Connection
-from tests.processes import serve
+from tests.processes import DEADLINE, ROOT, serve
+
+README = ROOT / "README.rst"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +101,24 @@ async def test_the_stream_limit_counts_an_ipv6_client_once(settings: Any) -> Non
         stream.abort(Reason.CLOSED)
 
 
+OVERRIDES = {
+    "EVENTSOURCE_HISTORY": {"BACKEND": "django_eventsource.history.memory.MemoryHistory"},
+    "EVENTSOURCE_POLICY": "django_eventsource.policies.AllowAny",
+    "EVENTSOURCE_MAX_STREAMS_PER_ADDRESS": 1,
+}
+
+
+async def refused(address: tuple[str, int], *forwarded: str) -> list[bool]:
+    """Open a stream for each X-Forwarded-For; return which were over the limit."""
+    connections = [
+        await Connection.open(address, "/events/poll/t", X_Forwarded_For=one) for one in forwarded
+    ]
+    first = [await connection.read() for connection in connections]
+    for connection in connections:
+        connection.close()
+    return [chunk.startswith(b"retry:") for chunk in first]
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -106,17 +133,52 @@ async def test_the_documented_server_settings_reach_the_client_address(
     kind: str, options: list[str]
 ) -> None:
     """Streams of two clients behind one proxy are counted apart, as README's table says."""
-    overrides = {
-        "EVENTSOURCE_HISTORY": {"BACKEND": "django_eventsource.history.memory.MemoryHistory"},
-        "EVENTSOURCE_POLICY": "django_eventsource.policies.AllowAny",
-        "EVENTSOURCE_MAX_STREAMS_PER_ADDRESS": 1,
-    }
-    with serve(kind, *options, **overrides) as server:
-        connections = [
-            await Connection.open(server.address, "/events/poll/t", X_Forwarded_For=address)
-            for address in ("192.0.2.1", "192.0.2.2", "192.0.2.1")
-        ]
-        first = [await connection.read() for connection in connections]
-        for connection in connections:
-            connection.close()
-    assert [chunk.startswith(b"retry:") for chunk in first] == [False, False, True]
+    with serve(kind, *options, **OVERRIDES) as server:
+        found = await refused(server.address, "192.0.2.1", "192.0.2.2", "192.0.2.1")
+    assert found == [False, False, True]
+
+
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+CONF = """
+daemon off; pid nginx.pid; error_log error.log;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    server {{ listen 127.0.0.1:{port}; {location} }}
+}}
+"""
+
+
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+@pytest.mark.parametrize(("kind", "options"), [("daphne", ["--proxy-headers"]), ("uvicorn", [])])
+async def test_a_client_behind_nginx_cannot_choose_its_address(
+    tmp_path: Path, kind: str, options: list[str]
+) -> None:
+    """README's nginx block, as printed, replaces the header that the client sends."""
+    block = re.search(r"\.\. code-block:: nginx\n\n(.*?)\n\n-", README.read_text(), re.S)
+    assert block is not None
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    with serve(kind, *options, **OVERRIDES) as server:
+        location = block[1].replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+        (tmp_path / "nginx.conf").write_text(CONF.format(port=address[1], location=location))
+        nginx = subprocess.Popen([str(NGINX), "-p", str(tmp_path), "-c", "nginx.conf"])
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while not accepts(address):
+                    await asyncio.sleep(0.02)
+            found = await refused(address, "192.0.2.1", "192.0.2.2")
+        finally:
+            nginx.terminate()
+            nginx.wait(DEADLINE)
+    assert found == [False, True]
+
+
+def accepts(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, 1).close()
+    except OSError:
+        return False
+    return True

@@ -16,7 +16,7 @@ from django.contrib.auth.hashers import MD5PasswordHasher
 from django.contrib.auth.models import Permission, User
 from django.core.cache import cache
 from django.db import connection, connections
-from django.test import AsyncClient, AsyncRequestFactory
+from django.test import AsyncClient, AsyncRequestFactory, Client
 
 from django_eventsource import apublish, logins
 from django_eventsource.exceptions import NotAuthenticated, RateLimited
@@ -206,6 +206,17 @@ async def test_a_backend_may_await(settings: Any) -> None:
             *(outcome(login_from("192.0.2.1", "ada", "right")) for _ in range(6))
         )
     assert found == ["ada"] * 6
+
+
+@with_users
+def test_a_login_through_wsgi() -> None:
+    """Sending needs no event loop of the server."""
+    async_to_sync(make_user)()
+    headers = {"Authorization": basic("ada", "right")}
+    response = Client().post("/events/ping/t", headers=headers)
+    assert response.status_code == 403
+    assert b"lacks the permission" in response.content
+    assert threading.get_ident() not in recorded.threads
 
 
 @with_users
