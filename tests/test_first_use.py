@@ -29,6 +29,7 @@ SECONDS = 300.0
 INSTALL, NEW_PROJECT, SERVE, SEND = blocks("sh", section("First use in an existing project"))
 SETTINGS, ASGI, VIEWS, URLS = blocks("python", section("First use in an existing project"))
 (PAGE,) = blocks("html+django", section("First use in an existing project"))
+(SEVERAL_TOKENS,) = blocks("html+django", section("Several tokens on one stream"))
 TESTS = blocks("python", section("Testing your project"))
 
 OWN_SETTINGS = """
@@ -226,6 +227,39 @@ def test_both_windows_list_all_that_is_published(
         for window in (page, other):
             expect(window.locator("li")).to_have_text(["one", "two & <b>three</b>", "Hello"])
         other.close()
+
+
+SEVERAL_VIEW = """
+def several(request):
+    return render(request, "news/several.html", {"tokens": ["news", "weather & 'wind'"]})
+"""
+SEVERAL_URL = """
+from news.views import several
+
+urlpatterns += [path("several/", several)]
+"""
+COLLECT = """() => {
+    window.received = [];
+    source.addEventListener("ping", (event) => received.push(event.data));
+}"""
+
+
+def test_a_script_that_listens_to_several_tokens_receives_the_events_of_each(
+    new_project: Project, page: Page, free_port: int
+) -> None:
+    """The grant in the URL reaches the server: nothing in the URL is escaped for HTML."""
+    new_project.append("news/views.py", SEVERAL_VIEW)
+    new_project.append("news/templates/news/several.html", SEVERAL_TOKENS)
+    new_project.append("mysite/urls.py", SEVERAL_URL)
+    with new_project.serve(free_port):
+        with page.expect_response(lambda response: "/events/poll/" in response.url) as opened:
+            page.goto(f"http://127.0.0.1:{free_port}/several/")
+        assert opened.value.status == 200
+        page.evaluate(COLLECT)
+        new_project.type("""python manage.py send_event "weather & 'wind'" ping rain""")
+        new_project.type("python manage.py send_event news ping Hello")
+        page.wait_for_function("received.length == 2")
+        assert sorted(page.evaluate("received")) == ["Hello", "rain"]
 
 
 def test_the_system_check_finds_nothing_to_improve(project: Project) -> None:

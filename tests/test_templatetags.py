@@ -8,10 +8,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 from django.template import Context, Template
 from django.test import AsyncClient
+from django.urls import NoReverseMatch
 
 from django_eventsource import grants
 from django_eventsource.exceptions import InvalidToken
 from django_eventsource.grants import read_grant
+
+urlpatterns: list[object] = []
+"""The URLs of a project that does not include this app's."""
 
 TOKENS = ["42:42:42", "a/b c?d#e&f%2F", "ünï😀", "<b>'\""]
 
@@ -62,13 +66,37 @@ def test_lifetime(settings, monkeypatch, arguments, seconds):
     assert grant_of(render(arguments)).expires == 1_800_000_000 + seconds
 
 
-def test_url_in_an_attribute_is_escaped():
-    """A token cannot break out of the attribute or script that its URL stands in."""
-    template = Template('{% load eventsource %}<a href="{% eventsource_url token %}">')
-    page = template.render(Context({"token": "\"><script>'"}))
-    assert page.count('"') == 2
-    assert "'" not in page
-    assert "<script" not in page
+HOSTILE = """</script><script>'"`${x}\\<b>&amp;&"""
+"""What would break out of a string in a script, of an attribute, or of text."""
+
+
+@pytest.mark.parametrize(
+    "tokens", [HOSTILE, [HOSTILE, HOSTILE + "2"]], ids=["one token", "several tokens"]
+)
+def test_a_url_contains_no_character_that_ends_a_string_or_an_attribute(tokens):
+    """It is printed as it is: a script does not decode ``&amp;``."""
+    template = Template("{% load eventsource %}{% eventsource_url token %}")
+    url = template.render(Context({"token": tokens}))
+    assert set(url).isdisjoint("<>\"'`\\{} \n")
+    assert "&amp;" not in url
+    assert unquote(urlsplit(url).path) == f"/events/poll/{HOSTILE}"
+    assert list(grant_of(url).tokens) == ([tokens] if isinstance(tokens, str) else tokens)
+
+
+def test_a_url_of_several_tokens_means_the_same_in_a_script_and_in_an_attribute():
+    """HTML leaves ``&token=`` and ``&grant=`` alone: no character has such a name."""
+    url = Template("{% load eventsource %}{% eventsource_url token %}").render(
+        Context({"token": ["a", "b"]})
+    )
+    assert "&grant=" in url
+    assert unescape(url) == url
+
+
+@pytest.mark.urls("tests.test_templatetags")
+def test_a_project_without_the_urls_is_told_what_to_add():
+    """The error names the line, and not a route and its arguments alone."""
+    with pytest.raises(NoReverseMatch, match=r'Add path\("events/", include\("django_event'):
+        render("token", token="t")
 
 
 def test_bad_token_is_told():

@@ -10,7 +10,8 @@ from django.contrib.auth import SESSION_KEY
 from django.contrib.sessions.backends.signed_cookies import SessionStore as SignedCookies
 from django.core.exceptions import SynchronousOnlyOperation
 from django.template import Context
-from django.urls import reverse
+from django.urls import NoReverseMatch, reverse
+from django.utils.safestring import mark_safe
 
 from ..conf import conf
 from ..grants import make_grant
@@ -37,7 +38,9 @@ def eventsource_url(
     :param seconds: the grant's lifetime; ``EVENTSOURCE_GRANT_SECONDS`` if not given.
     :param bind: bind the grant to the page's session, so that it ends at the logout. Without a
         user who is logged in, and with ``signed_cookies`` sessions, it is not bound.
-    :raises ValueError: for something that is no token, or several to send to.
+    :returns: text that is safe in a script, in an HTML attribute and in text, without escaping.
+    :raises ValueError: for something that is not a token, or several to send to.
+    :raises NoReverseMatch: if the project's URLs do not include ``django_eventsource.urls``.
     """
     first, *others = [token] if isinstance(token, str) else list(token) or [""]
     listens = action is None or action == conf.event_class.LISTEN
@@ -50,12 +53,23 @@ def eventsource_url(
         seconds=seconds,
         session_key=_login_session_key(context) if bind else None,
     )
-    path = reverse(
-        "eventsource:event",
-        kwargs={"action": action or conf.event_class.LISTEN, "token": first},
-    )
+    path = _path_of(action or conf.event_class.LISTEN, first)
     query = [*(("token", other) for other in others), ("grant", grant)]
-    return f"{path}?{urlencode(query)}"
+    # Autoescaping would turn & into &amp;, which a script does not decode. Nothing in this text
+    # can end a string or an attribute: < > " \ and { are percent-encoded anyway, ' here.
+    return mark_safe(f"{path}?{urlencode(query)}")  # noqa: S308
+
+
+def _path_of(action: str, token: str) -> str:
+    """Return the path of an action and a token, without ``&`` and ``'``."""
+    try:
+        path = reverse("eventsource:event", kwargs={"action": action, "token": token})
+    except NoReverseMatch as error:
+        raise NoReverseMatch(
+            f'There is no URL for the action {action!r}. Add path("events/", '
+            'include("django_eventsource.urls")) to the project\'s URLs.'
+        ) from error
+    return path.replace("&", "%26").replace("'", "%27")
 
 
 def _login_session_key(context: Context) -> str | None:
