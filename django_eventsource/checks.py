@@ -17,6 +17,32 @@ from .conf import PROPERTIES, conf
 from .history import make_history
 from .layers import get_layer, is_process_local
 
+SETTING_IDS = {
+    "event_class": "eventsource.E001",
+    "history": "eventsource.E002",
+    "policy": "eventsource.E003",
+    "channel_layer": "eventsource.E004",
+    "keepalive_seconds": "eventsource.E005",
+    "retry_ms": "eventsource.E006",
+    "poll_seconds": "eventsource.E007",
+    "prune_seconds": "eventsource.E008",
+    "grant_seconds": "eventsource.E009",
+    "max_event_bytes": "eventsource.E010",
+    "stream_buffer_bytes": "eventsource.E011",
+    "stream_stall_seconds": "eventsource.E012",
+    "stream_max_age_seconds": "eventsource.E013",
+    "stream_max_tokens": "eventsource.E014",
+    "recheck_seconds": "eventsource.E015",
+    "presence_seconds": "eventsource.E016",
+    "max_streams": "eventsource.E017",
+    "max_streams_per_token": "eventsource.E018",
+    "max_streams_per_user": "eventsource.E019",
+    "max_streams_per_address": "eventsource.E020",
+    "send_rate": "eventsource.E021",
+    "coalesce_seconds": "eventsource.E022",
+}
+"""The check id of each setting. Projects list ids in ``SILENCED_SYSTEM_CHECKS``, so an id never
+changes: a new setting takes the next free number."""
 WSGI_RUNSERVERS = ("django.core", "django.contrib.staticfiles")
 
 
@@ -33,7 +59,7 @@ def check_settings(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMess
             elif name == "policy":
                 make_policy(value)
         except ImproperlyConfigured as error:
-            messages.append(Error(str(error), id=f"eventsource.E{PROPERTIES.index(name) + 1:03}"))
+            messages.append(Error(str(error), id=SETTING_IDS[name]))
     return messages
 
 

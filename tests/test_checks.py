@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from channels.layers import BaseChannelLayer
 from django.core.checks import Error, Warning, run_checks  # noqa: A004
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 
+from django_eventsource import checks
 from django_eventsource.asgi import Handover
 from django_eventsource.checks import (
+    SETTING_IDS,
     check_handover,
     check_processes,
     check_server,
@@ -74,16 +78,31 @@ def test_every_setting_has_a_bad_value_here():
     assert [name.lower() for name in BAD] == PROPERTIES
 
 
-@pytest.mark.parametrize(
-    ("name", "check_id"),
-    [(name, f"eventsource.E{number:03}") for number, name in enumerate(BAD, 1)],
-)
-def test_bad_setting_is_an_error(settings, name, check_id):
+def test_every_setting_has_exactly_one_check_id():
+    """A setting that is added without a check id, or with the id of another one, fails here."""
+    assert set(SETTING_IDS) == set(PROPERTIES)
+    assert len(set(SETTING_IDS.values())) == len(SETTING_IDS)
+    assert all(re.fullmatch(r"eventsource\.E\d{3}", one) for one in SETTING_IDS.values())
+
+
+def test_a_setting_added_before_others_changes_no_check_id(settings, monkeypatch):
+    """The id of a setting does not depend on the order of the settings."""
+    monkeypatch.setattr(checks, "PROPERTIES", [*reversed(PROPERTIES)])
+    settings.EVENTSOURCE_SEND_RATE = 10
+    settings.EVENTSOURCE_RETRY_MS = 0
+    assert [message.id for message in check_settings()] == [
+        "eventsource.E021",
+        "eventsource.E006",
+    ]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_setting_is_an_error(settings, name):
     """Each bad setting is one error with an id of its own, naming setting and value."""
     setattr(settings, f"EVENTSOURCE_{name}", BAD[name])
     (message,) = check_settings()
     assert isinstance(message, Error)
-    assert message.id == check_id
+    assert message.id == SETTING_IDS[name.lower()]
     assert message.msg.startswith(f"EVENTSOURCE_{name} ")
     assert repr(BAD[name]) in message.msg
 
