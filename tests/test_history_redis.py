@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import sys
@@ -12,13 +13,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, cast
 
 import pytest
 import redis
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import CommandError
+from django.db import transaction
 from django.test import AsyncClient
 
 from django_eventsource.history import Draft, Entry, Kind, get_history
@@ -26,7 +29,7 @@ from django_eventsource.history.redis import RedisHistory
 from django_eventsource.history.redis_hosts import Host
 from django_eventsource.history.redis_scripts import APPEND, FORGET
 from django_eventsource.hub import get_hub
-from django_eventsource.publishing import apublish
+from django_eventsource.publishing import apublish, publish
 from django_eventsource.streams import EventStream
 from django_eventsource.tokens import CONTROL_TOKEN
 from tests.histories import add, age, age_server, draft, texts
@@ -578,24 +581,78 @@ def test_a_replica_becomes_the_primary(own_server: ValkeyServer) -> None:
     assert everything(history) == ["a", "b"]
 
 
-def test_a_server_without_memory(own_server: ValkeyServer) -> None:
-    """A full server refuses the whole append at once, and the error says the way out."""
+@contextmanager
+def full(server: ValkeyServer, seconds: float | None = None) -> Iterator[None]:
+    """Take the server's memory away; give it back at the end, or after some seconds."""
+    server.run("CONFIG", "SET", "maxmemory", "1")
+    timer = threading.Timer(seconds or 60, server.run, ["CONFIG", "SET", "maxmemory", "0"])
+    timer.start()
+    try:
+        yield
+    finally:
+        if seconds is None:
+            timer.cancel()
+            timer.function(*timer.args)
+        timer.join()
+
+
+def test_an_append_waits_for_a_server_without_memory(own_server: ValkeyServer) -> None:
+    """An append to a full server is tried again until the server has memory."""
     history = of(own_server)
     add(history, "a")
-    own_server.run("CONFIG", "SET", "maxmemory", "1")
-    for token in ("t", "new"):
-        with pytest.raises(redis.ResponseError, match="maxmemory") as caught:
+    with full(own_server, 0.3):
+        for token in ("t", "new"):
             add(history, "b", "c", token=token)
-        assert "Give it more memory" in caught.value.__notes__[0]
-    own_server.run("CONFIG", "SET", "maxmemory", "0")
+    assert everything(history) == ["a", "b", "c"]
+    assert everything(history, "new") == ["b", "c"]
+
+
+def test_an_append_to_a_server_without_memory_fails_after_the_timeout(
+    own_server: ValkeyServer,
+) -> None:
+    """Nothing of the append is stored, and the error says the way out."""
+    history = of(own_server, TIMEOUT=0.5)
+    add(history, "a")
+    with full(own_server):
+        began = time.monotonic()
+        with pytest.raises(redis.ResponseError, match="maxmemory") as caught:
+            add(history, "b", "c")
+        assert time.monotonic() - began >= 0.5
+        assert re.search(r"tried for \d\.\d s\. Give it more memory", caught.value.__notes__[0])
+        assert everything(history) == ["a"]
     add(history, "d")
     assert everything(history) == ["a", "d"]
 
 
-def test_a_server_that_cannot_write_to_disk() -> None:
-    """A server that stopped taking writes is an error at once, with the way out."""
+def test_the_error_of_an_old_server_without_memory_is_tried_again(history: RedisHistory) -> None:
+    """Redis 5 and 6 report it as an error of the script."""
+    (host,) = history._hosts.all
+    add(history, "known script", token="other")
+    error = redis.ResponseError(
+        "Error running script (call to f_3): @user_script:60: @user_script: 60: "
+        "-OOM command not allowed when used memory > 'maxmemory'."
+    )
+    host.client = Lossy(host.client, 2, error)
+    add(history, "a")
+    assert everything(history) == ["a"]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_committed_event_survives_a_server_without_memory(
+    settings, own_server: ValkeyServer
+) -> None:
+    """An event whose transaction has committed is appended once the server has memory."""
+    settings.EVENTSOURCE_HISTORY = {**AWAY, "OPTIONS": {"HOSTS": [own_server.url]}}
+    publish("t", "ping", "before")
+    with full(own_server, 0.3), transaction.atomic():
+        publish("t", "ping", "committed")
+    assert everything(cast("RedisHistory", get_history())) == ["before", "committed"]
+
+
+def test_an_append_waits_for_a_server_that_cannot_write_to_disk() -> None:
+    """A server that stopped accepting writes is tried again; the error says the way out."""
     with valkey("--save", "1000 1000") as server:
-        history = of(server)
+        history = of(server, TIMEOUT=0.5)
         add(history, "a")
         shutil.rmtree(server.directory)
         server.run("BGSAVE")
@@ -605,7 +662,12 @@ def test_a_server_that_cannot_write_to_disk() -> None:
             time.sleep(0.05)
         with pytest.raises(redis.ResponseError, match="MISCONF") as caught:
             add(history, "b")
-        assert "look at its log" in caught.value.__notes__[0]
+        assert re.search(r"tried for .* look at its log", caught.value.__notes__[0])
+        timer = threading.Timer(0.3, server.run, ["CONFIG", "SET", "save", ""])
+        timer.start()
+        add(of(server), "c")
+        timer.join()
+        assert everything(history) == ["a", "c"]
 
 
 def test_a_wrong_password_is_not_tried_again() -> None:

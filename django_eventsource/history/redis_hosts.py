@@ -26,8 +26,12 @@ HOST_FORMS = (
     '"address" or with keyword arguments of redis.Redis, and with "cluster": True where the '
     "server is a node of a cluster"
 )
-PASSING = ("NOREPLICAS", "BUSY ")
-"""How errors begin that go away, besides those that have a class of their own."""
+PASSING = re.compile(
+    r"^(BUSY|MISCONF|NOREPLICAS) "
+    # Versions before 7 report it from inside of a script as an error of the script.
+    "|command not allowed when used memory"
+)
+"""Error replies after which the same call may succeed later, besides those with a class."""
 WAYS_OUT = {
     "OutOfMemoryError": "Give it more memory (maxmemory), or keep less: MAX_EVENTS, MAX_AGE.",
     "MISCONF": "It cannot write its data to disk: look at its log and at the disk.",
@@ -139,7 +143,7 @@ class Host:
     def _passes(self, error: Exception) -> bool:
         if isinstance(error, self._refused):
             return False
-        return isinstance(error, self._passing) or str(error).startswith(PASSING)
+        return isinstance(error, self._passing) or PASSING.search(str(error)) is not None
 
     def _explain(self, error: Exception, elapsed: float) -> None:
         names = (type(error).__name__, str(error).partition(" ")[0])
