@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import CommandError, CommandParser, OutputWrapper
 from django.db import DatabaseError
 from django.urls import NoReverseMatch, reverse
@@ -165,7 +166,7 @@ def positive_seconds(name: str, value: object) -> float:
 
 def expected() -> tuple[type[Exception], ...]:
     """Give what publishing may raise that is to be told in one line."""
-    return (EventSourceError, ValueError, *get_history().failures)
+    return (EventSourceError, ValueError, ImproperlyConfigured, *get_history().failures)
 
 
 def sentence(error: Exception) -> str:
@@ -174,7 +175,7 @@ def sentence(error: Exception) -> str:
     text = " ".join(" ".join([str(error), *notes]).split()).rstrip(".") + "."
     if isinstance(error, DatabaseError):
         return f"The history's database failed: {text} Was `manage.py migrate` run?"
-    if not isinstance(error, EventSourceError | ValueError):
+    if not isinstance(error, EventSourceError | ValueError | ImproperlyConfigured):
         return f"The history's store failed: {text}"
     return text
 

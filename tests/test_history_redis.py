@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 import pytest
 import redis
+from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import CommandError
@@ -279,6 +281,140 @@ def test_a_cluster_that_changes(valkey_server: ValkeyServer) -> None:
         failures += [redis.exceptions.RedisClusterException("slots are not covered")] * 99
         with pytest.raises(redis.ConnectionError, match="not covered"):
             history.heads(["t"])
+
+
+# The project that uses a prefix
+
+
+WAYS_OUT = r"'eventsource:project' .* set PREFIX .* to SECRET_KEY_FALLBACKS\. "
+
+
+def test_two_projects_do_not_share_a_prefix(settings, valkey_server: ValkeyServer) -> None:
+    """The second project is refused at its first call, and the error names the ways out."""
+    add(of(valkey_server), "theirs")
+    settings.SECRET_KEY = "of another project"
+    history = of(valkey_server)
+    began = time.monotonic()
+    for call in (
+        lambda: add(history, "ours"),
+        lambda: history.locate("t", None),
+        lambda: history.heads(["t"]),
+        lambda: history.announce("p", {"t": [""]}, 10),
+    ):
+        with pytest.raises(ImproperlyConfigured, match=WAYS_OUT):
+            call()
+    assert time.monotonic() - began < 5, "not tried again for TIMEOUT"
+    assert everything(of(valkey_server, PREFIX="ours")) == []
+    settings.SECRET_KEY = "tests"
+    assert everything(of(valkey_server)) == ["theirs"]
+
+
+def test_the_marker_does_not_reveal_the_secret_key(
+    history: RedisHistory, valkey_server: ValkeyServer
+) -> None:
+    """The marker contains a keyed hash, and is the only key without a token or a lease."""
+    add(history, "a")
+    with valkey_server.client() as client:
+        marker = client.get("eventsource:project")
+        assert client.ttl("eventsource:project") == -1
+    assert re.fullmatch(rb"[0-9a-f]{64}", marker)
+    assert marker != hashlib.sha256(b"tests").hexdigest().encode()
+
+
+def test_a_changed_secret_key_keeps_its_history(settings, valkey_server: ValkeyServer) -> None:
+    """A marker of a key in SECRET_KEY_FALLBACKS is replaced with that of the current key."""
+    add(of(valkey_server), "a")
+    settings.SECRET_KEY, settings.SECRET_KEY_FALLBACKS = "new", ["older", "tests"]
+    assert everything(of(valkey_server)) == ["a"]
+    settings.SECRET_KEY_FALLBACKS = []
+    assert everything(of(valkey_server)) == ["a"]
+    settings.SECRET_KEY = "tests"
+    with pytest.raises(ImproperlyConfigured, match="SECRET_KEY"):
+        of(valkey_server).heads(["t"])
+
+
+def test_each_host_is_checked(
+    settings, valkey_server: ValkeyServer, own_server: ValkeyServer
+) -> None:
+    """A prefix that is free on one server may be in use on another."""
+    add(of(own_server), "theirs")
+    settings.SECRET_KEY = "of another project"
+    history = RedisHistory(HOSTS=[valkey_server.url, own_server.url])
+    with pytest.raises(ImproperlyConfigured, match=str(own_server.port)):
+        history.heads(map(str, range(40)))
+
+
+def test_the_marker_is_checked_once(history: RedisHistory, valkey_server: ValkeyServer) -> None:
+    """An append costs no further command, and a running process ignores an emptied server."""
+    add(history, "a")
+    before = calls(valkey_server)
+    for text in "bcd":
+        add(history, text)
+    # The script itself looks for the reference of a retried append with GET.
+    assert calls(valkey_server)["get"] - before["get"] == 3
+    assert calls(valkey_server)["set"] == before["set"]
+    valkey_server.run("FLUSHALL")
+    add(history, "e")
+    with valkey_server.client() as client:
+        assert not client.exists("eventsource:project")
+        add(of(valkey_server), "f")
+        assert client.exists("eventsource:project")
+
+
+def test_two_projects_that_start_together(settings, valkey_server: ValkeyServer) -> None:
+    """Of two that find no marker, the one whose SET came second is refused."""
+    history = of(valkey_server)
+    (host,) = history._hosts.all
+    host.client = Overtaken(host.client, lambda: claim_as(settings, valkey_server, "other"))
+    with pytest.raises(ImproperlyConfigured, match="PREFIX"):
+        add(history, "a")
+
+
+def test_two_processes_of_a_project_that_start_together(
+    settings, valkey_server: ValkeyServer
+) -> None:
+    """Both may use the prefix."""
+    history = of(valkey_server)
+    (host,) = history._hosts.all
+    host.client = Overtaken(host.client, lambda: claim_as(settings, valkey_server, "tests"))
+    add(history, "a")
+    assert everything(history) == ["a"]
+
+
+def claim_as(settings: Any, server: ValkeyServer, secret_key: str) -> None:
+    """Use the prefix as a project with another SECRET_KEY."""
+    before, settings.SECRET_KEY = settings.SECRET_KEY, secret_key
+    of(server).newest("t")
+    settings.SECRET_KEY = before
+
+
+class Overtaken:
+    """A client behind whose first GET another process comes in."""
+
+    def __init__(self, client: Any, other: Callable[[], None]) -> None:
+        self.client = client
+        self.other: Callable[[], None] | None = other
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def get(self, key: str) -> Any:
+        found = self.client.get(key)
+        other, self.other = self.other, None
+        if other is not None:
+            other()
+        return found
+
+
+def test_a_server_that_is_away_at_first_is_checked_later(own_server: ValkeyServer) -> None:
+    """The check is retried like the call that needs it."""
+    history = of(own_server)
+    own_server.kill()
+    timer = threading.Timer(0.3, own_server.start)
+    timer.start()
+    add(history, "a")
+    timer.join()
+    assert own_server.run("EXISTS", "eventsource:project") == 1
 
 
 # Appends that are tried again
@@ -918,12 +1054,13 @@ def test_trimming_is_by_the_append(valkey_server: ValkeyServer) -> None:
 
 
 def test_all_keys_of_a_token_expire(history: RedisHistory, valkey_server: ValkeyServer) -> None:
-    """Only the floor stays; a token's events go before its head."""
+    """Only the floor and the marker stay; a token's events go before its head."""
     history.append("t", [draft(own_id="u")])
     history.announce("p", {"t": ["x"]}, 10)
     with valkey_server.client() as client:
         expiries = {key: client.ttl(key) for key in client.scan_iter("*")}
     assert expiries.pop(b"eventsource:floor") == -1
+    assert expiries.pop(b"eventsource:project") == -1
     assert len(expiries) == 5
     assert all(seconds > 0 for seconds in expiries.values())
     events, head = (key.encode() for key in history._keys("t", "events", "head"))
@@ -1223,6 +1360,42 @@ async def test_a_post_where_the_server_is_away(settings) -> None:
     response = await AsyncClient().post("/events/ping/t", "x", content_type="text/plain")
     assert response.status_code == 503
     assert b"may not have been published" in response.content
+
+
+@pytest.fixture
+def foreign(settings, valkey_server: ValkeyServer) -> None:
+    """The prefix belongs to another project."""
+    claim_as(settings, valkey_server, "other")
+    settings.EVENTSOURCE_HISTORY = {**AWAY, "OPTIONS": {"HOSTS": [valkey_server.url]}}
+    settings.EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
+
+
+@pytest.mark.usefixtures("foreign")
+def test_send_event_names_the_prefix_of_another_project() -> None:
+    """One line with the way out, and no traceback."""
+    with pytest.raises(CommandError, match=r"^The key 'eventsource:project' .* set PREFIX in"):
+        call_command("send_event", "t", "ping", "x")
+    get_history()._announced["p"] = {"t"}  # type: ignore[attr-defined]
+    with pytest.raises(CommandError, match=r"^The key 'eventsource:project' .* set PREFIX in"):
+        call_command("prune_events")
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("foreign")
+async def test_a_listener_where_the_prefix_is_another_projects(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The listener is told to come back later, and the log names the way out."""
+    response = await AsyncClient().get("/events/poll/t")
+    assert response.status_code == 200
+    assert response.content.startswith(b"retry: ")
+    assert "set PREFIX in" in caplog.text
+
+
+@pytest.mark.usefixtures("foreign")
+def test_system_checks_need_no_server_for_the_prefix() -> None:
+    """The marker is not read by `manage.py check`."""
+    assert [message.id for message in run_checks(tags=["eventsource"])] == []
 
 
 @pytest.mark.parametrize("listeners", [1, 30])

@@ -12,8 +12,8 @@ A token's keys:
   started anew (the last number that survived);
 - ``ids``, a hash: own id to number; ``present``, a hash: process to listeners.
 
-A host's keys: ``floor``, a hash with the floor, when it was made, and the epoch; and a
-lease of each process.
+A host's keys: ``project``, the fingerprint of the project that uses the prefix; ``floor``, a
+hash with the floor, when it was made, and the epoch; and a lease of each process.
 
 A life may begin with a floor that was renewed a moment before. A listener that was given
 the newer one as its place is then told ``reset``: needless, but never a gap, since the
@@ -87,7 +87,7 @@ class RedisHistory(History):
         if not number or not 0 < TIMEOUT < float("inf"):
             raise number_error("EVENTSOURCE_HISTORY TIMEOUT", TIMEOUT, "a positive number")
         self.prefix = PREFIX
-        self._hosts = Hosts(HOSTS, TIMEOUT)
+        self._hosts = Hosts(HOSTS, TIMEOUT, PREFIX)
         self.failures = (*self.failures, self._hosts.error)
         self._executors: dict[tuple[int, Host | None], ThreadPoolExecutor] = {}
         self._leases: dict[str, dict[Host, bytes]] = {}

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from django.utils.crypto import salted_hmac
 
 from .redis_scripts import Script
 
@@ -32,6 +34,12 @@ PASSING = re.compile(
     "|command not allowed when used memory"
 )
 """Error replies after which the same call may succeed later, besides those with a class."""
+OTHER_PROJECT = (
+    "If another project uses this server, set PREFIX in the OPTIONS of EVENTSOURCE_HISTORY to a "
+    "text that only this project uses. If this project's SECRET_KEY was changed, add the old one "
+    "to SECRET_KEY_FALLBACKS. If no project uses the keys with this prefix any more, delete that "
+    "key."
+)
 WAYS_OUT = {
     "OutOfMemoryError": "Give it more memory (maxmemory), or keep less: MAX_EVENTS, MAX_AGE.",
     "MISCONF": "It cannot write its data to disk: look at its log and at the disk.",
@@ -42,7 +50,11 @@ WAYS_OUT = {
 
 
 class Host:
-    """One server: runs work on it, again while it cannot be reached."""
+    """One server: runs work on it, again while it cannot be reached.
+
+    :param marker: the key that contains the fingerprint of the project that uses the prefix. It is
+        compared once, before the first work.
+    """
 
     def __init__(
         self,
@@ -50,6 +62,7 @@ class Host:
         name: str,
         client: Any,
         timeout: float,
+        marker: str,
         connect: Callable[[], Any] | None = None,
     ) -> None:
         self.name = name
@@ -57,6 +70,8 @@ class Host:
         self._client = client
         self._connect = connect
         self._timeout = timeout
+        self._marker = marker
+        self._is_ours = False
         self._failure: Exception | None = None
         self._look_again_at = 0.0
         errors = redis.exceptions
@@ -126,10 +141,32 @@ class Host:
 
     def _attempt(self, work: Callable[[float | None], T], elapsed: float | None) -> T:
         try:
+            if not self._is_ours:
+                self._check_marker()
             return work(elapsed)
         except self._cluster_error as error:
             # It is no RedisError, and it passes.
             raise self._away[0](str(error)) from error
+
+    def _check_marker(self) -> None:
+        """Check that no other project uses the prefix on this server.
+
+        :raises ImproperlyConfigured: if the marker was set with another SECRET_KEY.
+        """
+        own = fingerprint(settings.SECRET_KEY)
+        found = self.client.get(self._marker)
+        if found is None:
+            self.client.set(self._marker, own, nx=True)
+            # Another process may have set it first.
+            found = self.client.get(self._marker) or own
+        if found != own:
+            if found not in map(fingerprint, settings.SECRET_KEY_FALLBACKS):
+                raise ImproperlyConfigured(
+                    f"The key {self._marker!r} on the Redis server {self.name} was set with "
+                    f"another SECRET_KEY. {OTHER_PROJECT}"
+                )
+            self.client.set(self._marker, own)
+        self._is_ours = True
 
     def _give_up_early(self) -> None:
         """Fail at once where the server was away a moment ago; now and then let one try."""
@@ -191,13 +228,20 @@ class Host:
         return results
 
 
+def fingerprint(secret_key: str | bytes) -> bytes:
+    """Return what identifies a project by its SECRET_KEY, without revealing it."""
+    salt = "django_eventsource.history.redis"
+    return salted_hmac(salt, "project", secret_key, algorithm="sha256").hexdigest().encode()
+
+
 class Hosts:
     """The servers, and which of them holds what.
 
+    :param prefix: what all keys begin with.
     :raises ImproperlyConfigured: when redis-py is missing or an address is wrong.
     """
 
-    def __init__(self, hosts: Any, timeout: float) -> None:
+    def __init__(self, hosts: Any, timeout: float, prefix: str) -> None:
         try:
             redis = importlib.import_module("redis")
         except ImportError as error:
@@ -211,7 +255,8 @@ class Hosts:
             )
         self.error: type[Exception] = redis.exceptions.RedisError
         """What all failures of the servers are."""
-        self.all = [_make_host(redis, host, timeout) for host in hosts]
+        marker = f"{prefix}:project"
+        self.all = [_make_host(redis, host, timeout, marker) for host in hosts]
 
     def of(self, key: str) -> Host:
         """Give the server that holds a key: the same in every process."""
@@ -219,10 +264,10 @@ class Hosts:
         return self.all[crc * len(self.all) // 4096]
 
 
-def _make_host(redis: Any, host: Any, timeout: float) -> Host:
+def _make_host(redis: Any, host: Any, timeout: float, marker: str) -> Host:
     kwargs = _keyword_arguments(host)
     if kwargs.pop("cluster", False):
-        return _make_cluster(redis, kwargs, timeout)
+        return _make_cluster(redis, kwargs, timeout, marker)
     try:
         client = _make_client(redis, {**_timeouts(timeout), **kwargs})
     except (TypeError, ValueError, AttributeError) as error:
@@ -236,10 +281,10 @@ def _make_host(redis: Any, host: Any, timeout: float) -> Host:
     known = {**pool.connection_kwargs, **kwargs}
     name = known.get("path") or known.get("master_name")
     name = name or f"{known.get('host', 'localhost')}:{known.get('port', 6379)}"
-    return Host(redis, str(name), client, timeout)
+    return Host(redis, str(name), client, timeout, marker)
 
 
-def _make_cluster(redis: Any, kwargs: dict[str, Any], timeout: float) -> Host:
+def _make_cluster(redis: Any, kwargs: dict[str, Any], timeout: float, marker: str) -> Host:
     """Make the client of a cluster when it is first needed: making it asks the cluster."""
     host = dict(kwargs)
     address = kwargs.pop("address", None)
@@ -263,7 +308,7 @@ def _make_cluster(redis: Any, kwargs: dict[str, Any], timeout: float) -> Host:
             raise
 
     name = str(address or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}")
-    return Host(redis, re.sub(r"//[^@]*@", "//", name), None, timeout, connect)
+    return Host(redis, re.sub(r"//[^@]*@", "//", name), None, timeout, marker, connect)
 
 
 def _timeouts(timeout: float) -> dict[str, float]:

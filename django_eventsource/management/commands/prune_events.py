@@ -6,7 +6,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
-from ...endpoints import sentence
+from ...endpoints import expected, sentence
 from ...history import get_history
 
 
@@ -21,11 +21,10 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         """Prune, and tell how much.
 
-        :raises CommandError: when the database fails.
+        :raises CommandError: when the history's store fails or its options are wrong.
         """
-        history = get_history()
         try:
-            removed = history.prune()
-        except history.failures as error:
+            removed = get_history().prune()
+        except expected() as error:
             raise CommandError(sentence(error)) from error
         self.stdout.write(f"Removed {removed} event{'' if removed == 1 else 's'}.")
