@@ -29,6 +29,7 @@ class TokenHead(models.Model):
     kept = models.BigIntegerField(_("oldest sequence number kept"))
     last = models.BigIntegerField(_("last sequence number"))
     closed = models.BigIntegerField(_("sequence number of the last close"), null=True)
+    size = models.BigIntegerField(_("bytes kept"), default=0)
     updated = models.DateTimeField(_("last published"), db_index=True)
 
     class Meta:

@@ -171,6 +171,71 @@ def test_prune_by_number(name: str) -> None:
     assert not history.read("t", entries[3].seq).complete
 
 
+def kept(history: History, token: str = "t") -> list[str]:
+    """Give the texts of the events that are kept, after pruning."""
+    history.prune()
+    return texts(history.read(token, history.oldest(token), max_events=10_000).entries)
+
+
+def test_a_token_keeps_max_bytes(name: str) -> None:
+    """The newest events whose values are together not larger than MAX_BYTES are kept."""
+    history = make(name, MAX_BYTES=10)
+    entries = add(history, "12345", "123", "1234567")
+    assert kept(history) == ["123", "1234567"]
+    assert not history.read("t", entries[0].seq - 1).complete
+    assert history.read("t", entries[0].seq).complete
+    add(history, "1")
+    assert kept(history) == ["1234567", "1"]
+    add(history, "", "")
+    assert kept(history) == ["1234567", "1", "", ""]
+
+
+def test_the_newest_event_is_kept_even_if_it_is_larger(name: str) -> None:
+    """A listener can always resume at the newest event."""
+    history = make(name, MAX_BYTES=10)
+    add(history, "a", "x" * 11)
+    assert kept(history) == ["x" * 11]
+    add(history, "y" * 20)
+    assert kept(history) == ["y" * 20]
+    add(history, "z")
+    assert kept(history) == ["z"]
+
+
+def test_each_token_has_its_own_bytes(name: str) -> None:
+    """A token is not trimmed for the events of another one."""
+    history = make(name, MAX_BYTES=10)
+    for token in ("t", "u", "v"):
+        add(history, "12345678", token=token)
+    assert [kept(history, token) for token in ("t", "u", "v")] == [["12345678"]] * 3
+
+
+@pytest.mark.parametrize("bound", [{"MAX_EVENTS": 2}, {"MAX_AGE": 100}])
+def test_bytes_of_events_trimmed_by_another_bound_do_not_count(
+    name: str, bound: dict[str, Any]
+) -> None:
+    """What MAX_EVENTS and MAX_AGE have removed makes room."""
+    history = make(name, MAX_BYTES=10, **bound)
+    for _ in range(5):
+        add(history, "123", "4567")
+        assert kept(history) == ["123", "4567"]
+        if "MAX_AGE" in bound:
+            age(history, 101)
+            history.prune()
+    add(history, "1234567890")
+    assert kept(history)[-1] == "1234567890"
+
+
+def test_many_small_events_are_trimmed_for_a_large_one(name: str) -> None:
+    """More events are removed than one step takes, and their own ids with them."""
+    history = make(name, MAX_BYTES=2_000)
+    drafts = [draft("x", own_id=f"own-{n}") for n in range(1_200)]
+    entries = history.append("t", drafts)
+    add(history, "y" * 1_900)
+    assert len(kept(history)) == 101
+    assert history.locate("t", "own-1100").seq == entries[1_100].seq
+    assert not history.locate("t", "own-1099").known
+
+
 def test_prune_by_age(name: str) -> None:
     """Events older than MAX_AGE go, younger ones stay."""
     history = make(name, MAX_AGE=100)
@@ -500,7 +565,7 @@ async def test_blocking_histories_run_off_the_loop() -> None:
 # Options
 
 
-@pytest.mark.parametrize("option", ["MAX_EVENTS", "MAX_AGE", "TOKEN_MAX_AGE"])
+@pytest.mark.parametrize("option", ["MAX_EVENTS", "MAX_BYTES", "MAX_AGE", "TOKEN_MAX_AGE"])
 @pytest.mark.parametrize("value", [0, -1, "5", None, True, float("inf")])
 def test_bad_options(name: str, option: str, value: object) -> None:
     """An option that is no positive number is an error that names it."""
@@ -527,9 +592,10 @@ def test_reset_at_a_close_opens_the_token_anew(name: str) -> None:
 
 
 def test_max_events_is_whole(name: str) -> None:
-    """Half an event cannot be kept."""
-    with pytest.raises(ImproperlyConfigured, match="MAX_EVENTS must be a whole number"):
-        make(name, MAX_EVENTS=1.5)
+    """Half an event or half a byte cannot be kept."""
+    for option in ("MAX_EVENTS", "MAX_BYTES"):
+        with pytest.raises(ImproperlyConfigured, match=f"{option} must be a whole number"):
+            make(name, **{option: 1.5})
 
 
 def test_token_is_not_forgotten_before_its_events(name: str) -> None:

@@ -246,6 +246,54 @@ def test_transactions_begin_with_a_write(history: DatabaseHistory) -> None:
         assert begun[0].startswith("UPDATE")
 
 
+# The size of a token
+
+
+def sizes(history: DatabaseHistory) -> tuple[int, int]:
+    """Give the size that the head contains, and the sum over its events."""
+    head = TokenHead.objects.using(history.using).get(token="t")
+    return head.size, sum(head.events.using(history.using).values_list("size", flat=True))
+
+
+@real_commits
+def test_counting_bytes_adds_no_statement_to_an_append(history: DatabaseHistory) -> None:
+    """An append moves the head, reads it, and inserts the event."""
+    add(history, "a")
+    with CaptureQueriesContext(connections[history.using]) as queries:
+        add(history, "b")
+    words = [one["sql"].partition(" ")[0] for one in queries]
+    assert [word for word in words if word not in ("BEGIN", "COMMIT")] == [
+        "UPDATE",
+        "SELECT",
+        "INSERT",
+    ]
+    assert sizes(history) == (2, 2)
+
+
+@real_commits
+def test_the_size_of_a_token_is_that_of_its_events(history: DatabaseHistory) -> None:
+    """After appends, outboxes and prunes at once, whatever bound removed the events."""
+    history.max_events, history.max_bytes = 400, 1_000
+    barrier = threading.Barrier(4)
+
+    def work(n: int) -> None:
+        barrier.wait(30)
+        for _ in range(10):
+            add(history, *("x" * n for n in range(40)))
+            history.stage("t", [draft("y" * n)])()
+            history.prune()
+
+    def run(n: int) -> object:
+        return in_thread(partial(work, n))
+
+    with ThreadPoolExecutor(max_workers=4) as executor:
+        list(executor.map(run, range(4)))
+    kept, events = sizes(history)
+    assert kept == events > 0
+    history.prune()
+    assert sizes(history)[0] == sizes(history)[1] <= 1_000
+
+
 # Many publishers at once
 
 

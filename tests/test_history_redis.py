@@ -501,7 +501,7 @@ def _fields_of_first(history: RedisHistory) -> dict[bytes, bytes]:
 def _attempt(history: RedisHistory, elapsed: str, ref: str) -> bytes:
     (host,) = history._hosts.all
     keys = history._keys("t", "head", "events", "ids", f"ref:{ref}")
-    bounds = [1000, 10**12, 10**9, 10**9]
+    bounds = [1000, 10**9, 10**12, 10**9, 10**9]
     floor = history.heads(["x"])["x"].seq
     answer: bytes = host.run_once(
         APPEND, keys, [floor, elapsed, ref, *bounds, "ping", b"late", "event", ""]

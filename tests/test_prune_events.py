@@ -67,7 +67,7 @@ def test_help_says_what_it_is_for(capsys):
     with pytest.raises(SystemExit) as left:
         call_command("prune_events", "--help")
     assert left.value.code == 0
-    assert "MAX_EVENTS or MAX_AGE" in " ".join(capsys.readouterr().out.split())
+    assert "MAX_EVENTS, MAX_BYTES or MAX_AGE" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_database_that_fails_is_told_in_one_line(monkeypatch):

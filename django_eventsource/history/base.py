@@ -191,6 +191,8 @@ class History(ABC):
     """Base of all histories. The plain methods block, the ``a`` ones await.
 
     :param MAX_EVENTS: events kept of each token.
+    :param MAX_BYTES: bytes kept of each token, counted over the values of its events. The newest
+        event is kept even if it is larger.
     :param MAX_AGE: seconds for which an event is kept.
     :param TOKEN_MAX_AGE: seconds for which an idle token's place is remembered; a
         listener that comes back later is told ``reset``.
@@ -212,25 +214,29 @@ class History(ABC):
         self,
         *,
         MAX_EVENTS: int = 10_000,  # noqa: N803
+        MAX_BYTES: int = 64 * 1024 * 1024,  # noqa: N803
         MAX_AGE: float = 86_400,  # noqa: N803
         TOKEN_MAX_AGE: float = 30 * 86_400,  # noqa: N803
     ) -> None:
         for name, value in (
             ("MAX_EVENTS", MAX_EVENTS),
+            ("MAX_BYTES", MAX_BYTES),
             ("MAX_AGE", MAX_AGE),
             ("TOKEN_MAX_AGE", TOKEN_MAX_AGE),
         ):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 < value < float("inf"):
                 raise number_error(f"EVENTSOURCE_HISTORY {name}", value, "a positive number")
-        if not isinstance(MAX_EVENTS, int):
-            raise number_error("EVENTSOURCE_HISTORY MAX_EVENTS", MAX_EVENTS, "a whole number")
+        for name, value in (("MAX_EVENTS", MAX_EVENTS), ("MAX_BYTES", MAX_BYTES)):
+            if not isinstance(value, int):
+                raise number_error(f"EVENTSOURCE_HISTORY {name}", value, "a whole number")
         if TOKEN_MAX_AGE < MAX_AGE:
             raise ImproperlyConfigured(
                 f"EVENTSOURCE_HISTORY TOKEN_MAX_AGE ({TOKEN_MAX_AGE!r}) must not be less than "
                 f"MAX_AGE ({MAX_AGE!r})."
             )
         self.max_events = MAX_EVENTS
+        self.max_bytes = MAX_BYTES
         self.max_age = MAX_AGE
         self.token_max_age = TOKEN_MAX_AGE
 

@@ -19,7 +19,7 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
-from django.db.models import F, Max, Q
+from django.db.models import F, Max, Q, Sum, Window
 from django.db.models.functions import Greatest
 from django.db.utils import DatabaseError, Error, OperationalError
 from django.utils import timezone
@@ -83,7 +83,8 @@ class DatabaseHistory(History):
 
     def _append(self, token: str, drafts: Sequence[Draft], **extra: Sequence[Any]) -> list[Entry]:
         now = timezone.now()
-        head_id, last = self._advance(token, len(drafts), now)
+        size = sum(len(draft.data) for draft in drafts)
+        head_id, last = self._advance(token, len(drafts), now, size=size)
         first = last - len(drafts) + 1
         entries = [Entry(seq=first + n, draft=draft) for n, draft in enumerate(drafts)]
         self._events.bulk_create(
@@ -105,14 +106,16 @@ class DatabaseHistory(History):
             self._heads.filter(pk=head_id).update(closed=closes[-1])
         return entries
 
-    def _advance(self, token: str, count: int, now: datetime.datetime) -> tuple[int, int]:
+    def _advance(
+        self, token: str, count: int, now: datetime.datetime, *, size: int = 0
+    ) -> tuple[int, int]:
         """Lock the token's head and move it; give its key and its new last number.
 
         The first statement writes: a transaction that began with a read could not wait
         for the lock on SQLite.
         """
         row = self._heads.filter(key=token_key(token))
-        while not row.update(last=F("last") + count, updated=now):
+        while not row.update(last=F("last") + count, size=F("size") + size, updated=now):
             self._heads.filter(key=FLOOR_KEY).update(updated=now)
             first = self.first_seq(self._floor())
             head = TokenHead(
@@ -276,10 +279,20 @@ class DatabaseHistory(History):
         full = self._tokens.filter(last__gte=F("kept") + self.max_events)
         for head_id, last in full.values_list("pk", "last"):
             cuts[head_id] = max(cuts.get(head_id, 0), last - self.max_events)
+        heavy = self._tokens.filter(size__gt=self.max_bytes)
+        for head_id, last in heavy.values_list("pk", "last"):
+            cuts[head_id] = max(cuts.get(head_id, 0), self._heavy_until(head_id, last))
         removed = sum(self._cut(head_id, until) for head_id, until in cuts.items())
         self._forget(now - _seconds(self.token_max_age))
         self._presence.prune()
         return removed
+
+    def _heavy_until(self, head_id: int, last: int) -> int:
+        """Return the number of the newest event that is over MAX_BYTES, before the last event."""
+        rows = self._events.filter(head=head_id)
+        total = Window(Sum("size"), order_by=F("seq").desc())
+        over = rows.annotate(total=total).filter(total__gt=self.max_bytes).order_by("-seq")
+        return min(over.values_list("seq", flat=True).first() or 0, last - 1)
 
     def _cut(self, head_id: int, until: int) -> int:
         """Remove a head's events up to a number, in short transactions."""
@@ -291,8 +304,13 @@ class DatabaseHistory(History):
         return removed
 
     def _cut_batch(self, head_id: int, until: int) -> int:
-        self._heads.filter(pk=head_id).update(kept=Greatest(F("kept"), until + 1))
-        return delete(self._events.filter(head=head_id, seq__lte=until))
+        head = self._heads.filter(pk=head_id)
+        # Locks the row: what follows is of events that no other process removes meanwhile.
+        head.update(kept=Greatest(F("kept"), until + 1))
+        events = self._events.filter(head=head_id, seq__lte=until)
+        size = events.aggregate(size=Sum("size", default=0))["size"]
+        head.update(size=F("size") - size)
+        return delete(events)
 
     def _forget(self, before: datetime.datetime) -> None:
         """Forget tokens that were idle for long, and raise the floor above them."""

@@ -14,13 +14,14 @@ from .base import Draft, Entry, Head, History, Kind, Slice, T
 class _Life:
     """One life of a token: consecutive entries, the oldest of them at ``kept``."""
 
-    __slots__ = ("closed", "entries", "first", "kept", "last", "own_ids", "updated")
+    __slots__ = ("closed", "entries", "first", "kept", "last", "own_ids", "size", "updated")
 
     def __init__(self, first: int) -> None:
         self.first = self.kept = first
         self.last = first - 1
         self.closed: int | None = None
         self.updated = 0.0
+        self.size = 0
         self.entries: dict[int, tuple[float, Entry]] = {}
         self.own_ids: dict[str, int] = {}
 
@@ -29,6 +30,7 @@ class _Life:
         self.updated = now
         entry = Entry(seq=self.last, draft=draft)
         self.entries[self.last] = (now, entry)
+        self.size += len(draft.data)
         if draft.event_id is not None:
             self.own_ids.setdefault(draft.event_id, self.last)
         if entry.finishes:
@@ -37,6 +39,7 @@ class _Life:
 
     def drop_oldest(self) -> None:
         _, entry = self.entries.pop(self.kept)
+        self.size -= len(entry.draft.data)
         if self.own_ids.get(entry.id) == entry.seq:
             del self.own_ids[entry.id]
         self.kept += 1
@@ -74,7 +77,9 @@ class MemoryHistory(History):
             if life is None:
                 life = self._lives[token] = _Life(self.first_seq(self._floor))
             entries = [life.add(draft, now) for draft in drafts]
-            while len(life.entries) > self.max_events:
+            while len(life.entries) > self.max_events or (
+                life.size > self.max_bytes and len(life.entries) > 1
+            ):
                 life.drop_oldest()
             return entries
 

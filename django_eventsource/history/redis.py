@@ -5,7 +5,8 @@ written in the same order. All that belongs to a token expires by itself.
 
 A token's keys:
 
-- ``head``, a hash: ``last`` and ``closed`` (numbers), ``run`` (the server that gave them);
+- ``head``, a hash: ``last`` and ``closed`` (numbers), ``run`` (the server that gave them), and
+  ``bytes`` (the sum over the values of the events that are kept);
 - ``events``, a stream whose ids are the sequence numbers; ``redis_scripts`` says what the
   fields are. One is the place that an entry follows, where that is not the number before:
   it is in the first entry of a life (the floor) and in the first one after the server was
@@ -102,7 +103,8 @@ class RedisHistory(History):
         ref = uuid.uuid4().hex
         keys = self._keys(token, "head", "events", "ids", f"ref:{ref}")
         max_age = milliseconds(self.max_age)
-        bounds = [self.max_events, max_age * 1000, max_age, milliseconds(self.token_max_age)]
+        bounds = [self.max_events, self.max_bytes, max_age * 1000]
+        bounds += [max_age, milliseconds(self.token_max_age)]
         events = [
             field
             for draft in drafts

@@ -47,8 +47,8 @@ APPEND = Script(
     + """
 local head, events, ids, marker = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local floor, elapsed, ref = ARGV[1], ARGV[2], ARGV[3]
-local max_events, max_age = tonumber(ARGV[4]), tonumber(ARGV[5])
-local events_given = (#ARGV - 7) / 4
+local max_events, max_bytes, max_age = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local events_given = (#ARGV - 8) / 4
 
 -- An attempt that arrives late, after the one that followed it.
 local done = redis.call('GET', marker)
@@ -74,7 +74,7 @@ if elapsed ~= '' then
   end
 end
 
-local known = redis.call('HMGET', head, 'last', 'run')
+local known = redis.call('HMGET', head, 'last', 'run', 'bytes')
 local last, this_run = tonumber(known[1]), run()
 local seq, before
 if not last then
@@ -91,8 +91,11 @@ else
   seq = last + 1
 end
 local first, time = seq, text(now)
+-- All events may have expired, and the head is still there.
+local length = redis.call('XLEN', events)
+local bytes = length > 0 and tonumber(known[3]) or 0
 
-for at = 8, #ARGV, 4 do
+for at = 9, #ARGV, 4 do
   local action, data, kind, own = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
   -- In as few strings as can be: they are what reading costs.
   local lengths = table.concat({time, #action, #data, #kind, #own}, ' ')
@@ -105,32 +108,38 @@ for at = 8, #ARGV, 4 do
   redis.call('XADD', events, text(seq) .. '-0', unpack(entry))
   if own ~= '' then redis.call('HSETNX', ids, own, text(seq)) end
   if kind == 'finish' then redis.call('HSET', head, 'closed', text(seq)) end
+  bytes = bytes + #data
   seq = seq + 1
 end
-redis.call('HSET', head, 'last', text(seq - 1), 'run', this_run)
-redis.call('PEXPIRE', head, ARGV[7])
-redis.call('PEXPIRE', events, ARGV[6])
-redis.call('PEXPIRE', ids, ARGV[6])
+length = length + events_given
+redis.call('HSET', head, 'last', text(seq - 1), 'run', this_run, 'bytes', text(bytes))
+redis.call('PEXPIRE', head, ARGV[8])
+redis.call('PEXPIRE', events, ARGV[7])
+redis.call('PEXPIRE', ids, ARGV[7])
 if elapsed ~= '' then redis.call('SET', marker, text(first), 'PX', 600000) end
 
 -- Remove what is too many or too old. Entries are read in growing batches: mostly there
 -- is one to remove, or none.
-local length, batch = redis.call('XLEN', events), 1
+local batch = 1
 while true do
   local oldest = redis.call('XRANGE', events, '-', '+', 'COUNT', batch)
   local gone = 0
   for _, entry in ipairs(oldest) do
-    if length - gone <= max_events and created(entry) >= now - max_age then break end
-    local size = tonumber(string.match(entry[2][2], '%d+$'))
-    local own = size > 0 and string.sub(entry[2][4], -size)
+    local kept = length - gone
+    local data, size = string.match(entry[2][2], '^%d+ %d+ (%d+) %d+ (%d+)$')
+    if kept <= max_events and (bytes <= max_bytes or kept == 1)
+        and created(entry) >= now - max_age then break end
+    local own = tonumber(size) > 0 and string.sub(entry[2][4], -size)
     if own and redis.call('HGET', ids, own) == string.match(entry[1], '^%d+') then
       redis.call('HDEL', ids, own)
     end
+    bytes = bytes - data
     gone = gone + 1
   end
   if gone > 0 then
     length = length - gone
     redis.call('XTRIM', events, 'MAXLEN', length)
+    redis.call('HSET', head, 'bytes', text(bytes))
   end
   if gone < batch then break end
   batch = math.min(batch * 2, 100)
@@ -142,9 +151,9 @@ return text(first)
 
 Nil when the token has no history and the floor was not given. Keys: head, events, own
 ids, marker of the attempt. Arguments: floor or ``""``; microseconds since before the
-first attempt, or ``""`` for that one; the reference of all attempts; MAX_EVENTS; MAX_AGE in
-microseconds; MAX_AGE and TOKEN_MAX_AGE in milliseconds; then for each event its action,
-data, kind and own id or ``""``.
+first attempt, or ``""`` for that one; the reference of all attempts; MAX_EVENTS; MAX_BYTES;
+MAX_AGE in microseconds; MAX_AGE and TOKEN_MAX_AGE in milliseconds; then for each event its
+action, data, kind and own id or ``""``.
 """
 
 READ = Script(

@@ -14,8 +14,8 @@ class Command(BaseCommand):
     """Remove events that are over the history's bounds."""
 
     help = (
-        "Remove the events that are over MAX_EVENTS or MAX_AGE. Servers with open streams do "
-        "it themselves; run this from cron where there are none."
+        "Remove the events that are over MAX_EVENTS, MAX_BYTES or MAX_AGE. Servers with open "
+        "streams do it themselves; run this from cron where there are none."
     )
 
     def handle(self, *args: Any, **options: Any) -> None:
