@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+from django.test.utils import CaptureQueriesContext
 
+from django_eventsource.cursors import join_cursor, short_key, split_cursor
 from django_eventsource.events import (
     Event,
     EventId,
@@ -17,7 +21,9 @@ from django_eventsource.events import (
     StringIdEvent,
 )
 from django_eventsource.history import Draft, Entry, Head, History, Kind, Slice
+from django_eventsource.history.database import DatabaseHistory
 from django_eventsource.history.memory import MemoryHistory
+from django_eventsource.history.redis import RedisHistory
 from tests.histories import ALIASES, NAMES, add, age, draft, make, texts
 
 pytestmark = pytest.mark.django_db(databases=ALIASES)
@@ -370,6 +376,76 @@ def test_locate_by_own_id(history: History) -> None:
     assert history.locate("t", "v").seq == entries[1].seq
     assert not history.locate("t", "x").known
     assert not history.locate("other", "v").known
+
+
+def calls_of(history: History, work: Callable[[], object]) -> int:
+    """Count the statements, or the round trips to a Redis server, that work takes."""
+    if isinstance(history, DatabaseHistory):
+        with CaptureQueriesContext(connections[history.using]) as queries:
+            work()
+        return len(queries)
+    if isinstance(history, RedisHistory):
+        (host,) = history._hosts.all
+        trips = []
+        for name in ("run_once", "_pipe"):
+            call = getattr(host, name)
+            setattr(host, name, lambda *args, call=call: trips.append(args) or call(*args))
+        work()
+        del host.run_once, host._pipe
+        return len(trips)
+    work()
+    return 0
+
+
+ABSURD = ["1", "2+", "x:abc", "9" * 18, "9" * 19, " ", "~", "~" + "A" * 200, "x" * 255]
+
+
+def test_an_unknown_cursor_costs_no_more_than_a_known_one(history: History) -> None:
+    """Whatever a client sends: two statements or one round trip, and a fresh listener one."""
+    entries = add(history, "a", "b", "c", token="t")
+    add(history, "large", token="t")
+    (own,) = history.append("t", [draft("own", own_id="own")])
+    known = [str(entries[0].seq), f"{entries[1].seq}+", str(own.seq), "own"]
+    most = 1 if isinstance(history, RedisHistory) else 2
+    for token in ("t", "without a history"):
+        assert calls_of(history, lambda token=token: history.locate(token, None)) <= 1
+    for cursor in known + ABSURD:
+        assert calls_of(history, lambda cursor=cursor: history.locate("t", cursor)) <= most, cursor
+    for cursor in ABSURD:
+        assert calls_of(history, lambda cursor=cursor: history.locate("none", cursor)) <= 2
+
+
+def test_an_absurd_cursor_of_many_tokens_is_bounded(history: History) -> None:
+    """One id for 16 tokens, none of which it fits, costs at most twice a fresh listener."""
+    tokens = [f"token {n}" for n in range(16)]
+    for token in tokens:
+        add(history, "a", "b", token=token)
+    ids = [
+        join_cursor((short_key(token), seq, False) for token in tokens)
+        for seq in (0, 1, 2**62, 10**17)
+    ]
+    ids.append(join_cursor([(short_key(tokens[0]), 5, True)] * 16))
+
+    def open_with(last_event_id: str | None) -> None:
+        cursors = split_cursor(last_event_id, tokens)
+        for token in tokens:
+            assert history.locate(token, cursors[token]).known == (cursors[token] is None)
+
+    fresh = calls_of(history, lambda: open_with(None))
+    assert fresh <= 16
+    for text in [*ids, " ", "~nonsense"]:
+        assert calls_of(history, lambda text=text: open_with(text)) <= 2 * fresh, text
+
+
+def test_a_kept_close_is_recognised_by_each_kind_of_cursor(history: History) -> None:
+    """The id of a close ends the stream, also when the close was trimmed."""
+    (own,) = history.append("t", [draft(own_id="own", kind=Kind.FINISH)])
+    (last,) = history.append("t", [draft(kind=Kind.FINISH)])
+    assert history.locate("t", "own").closed
+    assert history.locate("t", str(own.seq)).closed
+    assert history.locate("t", str(last.seq)).closed
+    assert not history.locate("t", f"{last.seq}+").closed
+    assert not history.locate("t", str(own.seq - 1)).closed
 
 
 def test_own_id_comes_before_a_number(history: History) -> None:

@@ -176,6 +176,22 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a history finds out about a cursor."""
+
+    last: int
+    """The newest sequence number, or the floor when the token has no history."""
+    closed: int | None = None
+    """The sequence number of the last close."""
+    seq: int | None = None
+    """The place that the cursor means; ``None`` if it means none."""
+    kind: Kind | None = None
+    """How listeners treat the event at this place; ``None`` if it is not kept."""
+    complete: bool = False
+    """Whether all events after this place are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """Where a token's history stands."""
 
@@ -263,8 +279,11 @@ class History(ABC):
         """
 
     @abstractmethod
-    def find(self, token: str, cursor: str, seq: int | None) -> tuple[int, Kind] | None:
-        """Find the oldest event whose own id is ``cursor``, else the one at ``seq``."""
+    def find(self, token: str, cursor: str, seq: int | None) -> Found:
+        """Find the oldest event whose own id is ``cursor``, else the place ``seq``.
+
+        A client may send any cursor: an unknown one must not cost more than a known one.
+        """
 
     @abstractmethod
     def newest(self, token: str) -> tuple[int, int | None]:
@@ -325,23 +344,15 @@ class History(ABC):
             the listener opened the token anew after the close there, or an event's own id.
         """
         if not cursor:
-            return self._newest(token, known=True)
+            seq, closed = self.newest(token)
+            return _newest(seq, closed, known=True)
         match = _CURSOR.fullmatch(cursor)
-        seq = int(match[1]) if match else None
-        found = self.find(token, cursor, seq)
-        if found is not None:
-            seq = found[0]
-        if seq is None or not self.read(token, seq, max_events=1).complete:
-            return self._newest(token, known=False)
+        found = self.find(token, cursor, int(match[1]) if match else None)
+        if found.seq is None or not found.complete:
+            return _newest(found.last, found.closed, known=False)
         reopened = match is not None and bool(match[2])
-        closed = not reopened and (
-            found[1] == Kind.FINISH if found is not None else self.newest(token)[1] == seq
-        )
-        return Position(seq=seq, cursor=cursor, closed=closed)
-
-    def _newest(self, token: str, *, known: bool) -> Position:
-        seq, closed = self.newest(token)
-        return Position(seq=seq, cursor=cursor_at(seq, closed=closed == seq), known=known)
+        closes = found.closed == found.seq if found.kind is None else found.kind == Kind.FINISH
+        return Position(seq=found.seq, cursor=cursor, closed=closes and not reopened)
 
     def first_seq(self, floor: int) -> int:
         """Give a new life's first number: the clock in microseconds, above the floor."""
@@ -393,3 +404,7 @@ class History(ABC):
     async def call_for(self, token: str, func: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a blocking method that needs only where one token is kept."""
         return await self.call(func, *args, **kwargs)
+
+
+def _newest(seq: int, closed: int | None, *, known: bool) -> Position:
+    return Position(seq=seq, cursor=cursor_at(seq, closed=closed == seq), known=known)

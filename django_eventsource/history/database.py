@@ -26,7 +26,7 @@ from django.utils import timezone
 
 from ..models import FLOOR_KEY, StoredEvent, TokenHead, set_floor
 from ..tokens import token_key
-from .base import Draft, Entry, Head, History, Kind, Slice, T
+from .base import Draft, Entry, Found, Head, History, Kind, Slice, T
 from .outbox import BATCH, Outbox, columns_of, draft_of
 from .presence import DatabasePresence
 from .transactions import Overtaken, delete, in_transaction
@@ -230,13 +230,25 @@ class DatabaseHistory(History):
         without = Head(seq=self._floor(), life=False)
         return {token: found.get(token, without) for token in by_key.values()}
 
-    def find(self, token: str, cursor: str, seq: int | None) -> tuple[int, Kind] | None:
+    def find(self, token: str, cursor: str, seq: int | None) -> Found:
         rows = self._rows(token).filter(Q(event_id=cursor) | Q(seq=seq)).order_by("seq")
         found = list(rows.values_list("event_id", "seq", "kind"))
         own = [(place, kind) for event_id, place, kind in found if event_id == cursor]
-        for place, kind in own or [(place, kind) for _, place, kind in found if place == seq]:
-            return place, Kind(kind)
-        return None
+        place, kind = (own or [(place, kind) for _, place, kind in found] or [(seq, None)])[0]
+        # After the events: a head that was read before them may be older than they are.
+        head, floor = self._head(token)
+        if head is None:
+            return Found(last=floor, seq=place, complete=place == floor)
+        complete = place is not None and (
+            head.kept - 1 <= place <= head.last or (place == floor and head.kept == head.first)
+        )
+        return Found(
+            last=head.last,
+            closed=head.closed,
+            seq=place,
+            kind=kind and Kind(kind),
+            complete=complete,
+        )
 
     def newest(self, token: str) -> tuple[int, int | None]:
         head, floor = self._head(token)

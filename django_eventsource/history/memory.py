@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base import Draft, Entry, Head, History, Kind, Slice, T
+from .base import Draft, Entry, Found, Head, History, Slice, T
 
 
 class _Life:
@@ -36,6 +36,12 @@ class _Life:
         if entry.finishes:
             self.closed = self.last
         return entry
+
+    def follows(self, place: int, floor: int) -> bool:
+        """Whether all events after a place are kept."""
+        if place == floor:
+            return self.kept == self.first
+        return self.kept - 1 <= place <= self.last
 
     def drop_oldest(self) -> None:
         _, entry = self.entries.pop(self.kept)
@@ -90,11 +96,9 @@ class MemoryHistory(History):
             life = self._lives.get(token)
             if life is None:
                 return Slice(complete=after == self._floor, last=self._floor)
-            seq = after + 1
-            if after == self._floor:
-                seq = life.first
-            if not life.kept <= seq <= life.last + 1:
+            if not life.follows(after, self._floor):
                 return Slice(complete=False, last=life.last, closed=life.closed == life.last)
+            seq = life.first if after == self._floor else after + 1
             entries: list[Entry] = []
             while seq <= life.last and len(entries) < max_events:
                 entry = life.entries[seq][1]
@@ -113,15 +117,20 @@ class MemoryHistory(History):
         life = self._lives.get(token)
         return Head(seq=life.last if life else self._floor, life=life is not None)
 
-    def find(self, token: str, cursor: str, seq: int | None) -> tuple[int, Kind] | None:
+    def find(self, token: str, cursor: str, seq: int | None) -> Found:
         with self._lock:
             life = self._lives.get(token)
             if life is None:
-                return None
+                return Found(last=self._floor, seq=seq, complete=seq == self._floor)
             place = life.own_ids.get(cursor, seq)
-            if place not in life.entries:
-                return None
-            return place, life.entries[place][1].draft.kind
+            entry = life.entries.get(place or 0)
+            return Found(
+                last=life.last,
+                closed=life.closed,
+                seq=place,
+                kind=entry[1].draft.kind if entry else None,
+                complete=place is not None and life.follows(place, self._floor),
+            )
 
     def newest(self, token: str) -> tuple[int, int | None]:
         with self._lock:

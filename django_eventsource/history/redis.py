@@ -39,10 +39,10 @@ from django.core.exceptions import ImproperlyConfigured
 from ..conf import number_error
 from ..tokens import CONTROL_TOKEN, token_key
 from ..troubles import Troubles
-from .base import Draft, Entry, Head, History, Kind, Slice, T
-from .redis_entries import entry_of, follows, identities_of, milliseconds, seq_of, unpack
+from .base import Draft, Entry, Found, Head, History, Slice, T
+from .redis_entries import KINDS, follows, identities_of, milliseconds, unpack
 from .redis_hosts import Host, Hosts
-from .redis_scripts import APPEND, FLOOR, FORGET, LEASE, READ
+from .redis_scripts import APPEND, FIND, FLOOR, FORGET, LEASE, READ
 
 troubles = Troubles(logging.getLogger("django_eventsource.history"))
 
@@ -171,21 +171,20 @@ class RedisHistory(History):
             heads[token] = Head(seq=seq, life=last is not None, epoch=epoch)
         return heads
 
-    def find(self, token: str, cursor: str, seq: int | None) -> tuple[int, Kind] | None:
-        host = self._host(token)
-        events, ids = self._keys(token, "events", "ids")
-
-        def at(place: int) -> tuple[str, ...]:
-            return ("XRANGE", events, str(place), str(place))
-
-        commands = [("HGET", ids, cursor), *([at(seq)] if seq is not None else [])]
-        own, *rows = host.pipe(commands)
-        if own is not None:
-            rows = host.pipe([at(int(own))]) + rows
-        for row in rows:
-            for entry in row:
-                return seq_of(entry[0]), entry_of(*entry).draft.kind
-        return None
+    def find(self, token: str, cursor: str, seq: int | None) -> Found:
+        keys = self._keys(token, "head", "events", "ids")
+        found = self._host(token).run(FIND, keys, [cursor, "" if seq is None else seq])
+        if found is None:
+            last, closed = self.newest(token)
+            return Found(last=last, closed=closed, seq=seq, complete=seq == last)
+        last, closed, place, kind, complete = found
+        return Found(
+            last=int(last),
+            closed=None if closed is None else int(closed),
+            seq=None if place is None else int(place),
+            kind=None if kind is None else KINDS[kind],
+            complete=bool(complete),
+        )
 
     def newest(self, token: str) -> tuple[int, int | None]:
         command = ("HMGET", *self._keys(token, "head"), "last", "closed")

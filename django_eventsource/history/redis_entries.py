@@ -45,12 +45,6 @@ def unpack(lengths: Sequence[bytes], texts: bytes) -> Iterator[Entry]:
         at = end
 
 
-def entry_of(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
-    """Read an entry as it is in the stream."""
-    (entry,) = unpack([str(seq_of(entry_id)).encode(), *fields[b"m"].split()], fields[b"e"])
-    return entry
-
-
 def identities_of(value: bytes) -> list[str]:
     """Read who listens in a process, behind the generation of its lease."""
     identities: list[str] = json.loads(value[32:])

@@ -197,6 +197,36 @@ its action, data, kind and own id; and all of these, one after the other.
 Keys: head, events. Arguments: first number wanted, most events, most bytes.
 """
 
+FIND = Script(
+    """
+local head, events, ids = KEYS[1], KEYS[2], KEYS[3]
+local known = redis.call('HMGET', head, 'last', 'closed')
+if not known[1] then return false end
+local place, kind, complete = redis.call('HGET', ids, ARGV[1]) or ARGV[2], false, 0
+if place == '' then return {known[1], known[2], false, false, 0} end
+for _, entry in ipairs(redis.call('XRANGE', events, place, place)) do
+  local action, data, length = string.match(entry[2][2], '^%d+ (%d+) (%d+) (%d+)')
+  kind = string.sub(entry[2][4], action + data + 1, action + data + length)
+end
+if place == known[1] then complete = 1 end
+local after = string.format('%.0f', place + 1)
+for _, entry in ipairs(redis.call('XRANGE', events, after, '+', 'COUNT', 1)) do
+  local seq, fields = string.match(entry[1], '^%d+'), entry[2]
+  -- The first of a run of numbers says which place it follows.
+  if seq == after or (fields[5] == 'p' and fields[6] == place) then complete = 1 end
+end
+return {known[1], known[2], place, kind, complete}
+"""
+)
+"""Find the place that a cursor means, and whether all events after it are kept; nil when the
+token has no history.
+
+Gives the last number, that of the last close, the place, the kind of the event there, and 1 if
+all events after it are kept.
+
+Keys: head, events, own ids. Arguments: the cursor; the place if it is a number, or ``""``.
+"""
+
 FLOOR = Script(
     _COMMON
     + """
