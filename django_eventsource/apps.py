@@ -11,7 +11,7 @@ from django.db import connections, router
 from django.db.models.signals import post_migrate
 from django.utils.translation import gettext_lazy as _
 
-from .checks import check_handover, check_processes, check_server, check_settings
+from .checks import check_broker, check_handover, check_processes, check_server, check_settings
 from .control import on_logout
 
 
@@ -27,6 +27,7 @@ class EventSourceConfig(AppConfig):
         checks.register(check_server, "eventsource")
         checks.register(check_processes, "eventsource")
         checks.register(check_handover, "eventsource")
+        checks.register(check_broker, "eventsource", deploy=True)
         post_migrate.connect(self.prepare, sender=self)
         user_logged_out.connect(on_logout, dispatch_uid="django_eventsource")
 

@@ -94,6 +94,36 @@ def check_processes(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMes
     ]
 
 
+def check_broker(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:
+    """Warn when the messages on a Redis server are not authenticated."""
+    try:
+        layer = get_layer()
+    except ImproperlyConfigured:
+        return []  # reported by check_settings
+    bases = type(layer).__mro__
+    if not any(base.__module__.startswith("channels_redis.") for base in bases):
+        return []
+    alias = conf.channel_layer
+    if (
+        getattr(settings, "CHANNEL_LAYERS", {})[alias]
+        .get("CONFIG", {})
+        .get("symmetric_encryption_keys")
+    ):
+        return []
+    return [
+        Warning(
+            f"CHANNEL_LAYERS[{alias!r}] has no symmetric_encryption_keys: a client that can "
+            "publish on the Redis server can forge events.",
+            hint=(
+                'Add "symmetric_encryption_keys": [SECRET_KEY] to its CONFIG and install '
+                "channels_redis[cryptography]. Silence this warning if only this project can "
+                "connect to the server."
+            ),
+            id="eventsource.W005",
+        )
+    ]
+
+
 def check_server(app_configs: Any = None, **kwargs: Any) -> Sequence[CheckMessage]:
     """Warn when the project does not look as if it were served by ASGI, or is not."""
     if sys.argv[1:2] == ["runserver"] and get_commands()["runserver"] in WSGI_RUNSERVERS:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from channels.layers import BaseChannelLayer
+from channels_redis.pubsub import RedisPubSubChannelLayer
 from django.core.checks import Error, Warning, run_checks  # noqa: A004
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
@@ -14,6 +15,7 @@ from django_eventsource import checks
 from django_eventsource.asgi import Handover
 from django_eventsource.checks import (
     SETTING_IDS,
+    check_broker,
     check_handover,
     check_processes,
     check_server,
@@ -224,6 +226,55 @@ def test_a_missing_layer_package_is_told(settings):
     (message,) = check_settings()
     assert "CHANNEL_LAYERS['default'] cannot be used" in message.msg
     assert check_processes() == []
+
+
+class OwnPubSub(RedisPubSubChannelLayer):
+    """A project's own subclass."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "config", "ids"),
+    [
+        ("channels_redis.core.RedisChannelLayer", {}, ["eventsource.W005"]),
+        ("channels_redis.pubsub.RedisPubSubChannelLayer", {}, ["eventsource.W005"]),
+        (f"{__name__}.OwnPubSub", {}, ["eventsource.W005"]),
+        ("channels_redis.core.RedisChannelLayer", {"symmetric_encryption_keys": ["x"]}, []),
+        (
+            "channels_redis.pubsub.RedisPubSubChannelLayer",
+            {"symmetric_encryption_keys": ["x"]},
+            [],
+        ),
+        (IN_MEMORY, {}, []),
+        (f"{__name__}.SharedLayer", {}, []),
+        ("nowhere.Layer", {}, []),
+    ],
+)
+def test_a_redis_layer_without_encryption_is_warned_at_deploy(settings, layer, config, ids):
+    """The warning is given by `manage.py check --deploy`, and not by `manage.py check`."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": layer, "CONFIG": config}}
+    found = run_checks(tags=["eventsource"], include_deployment_checks=True)
+    assert [message.id for message in found if message.id != "eventsource.E004"] == ids
+    assert all("symmetric_encryption_keys" in message.hint for message in found if message.hint)
+    plain = run_checks(tags=["eventsource"])
+    assert [message.id for message in plain if message.id != "eventsource.E004"] == []
+
+
+def test_a_project_without_a_layer_is_not_warned_at_deploy(settings):
+    """Nothing is sent to a broker."""
+    del settings.CHANNEL_LAYERS
+    assert check_broker() == []
+
+
+def test_the_layer_of_the_setting_is_checked_at_deploy(settings):
+    """Another layer of the project does not matter, and CONFIG may be missing."""
+    settings.CHANNEL_LAYERS = {
+        "default": {"BACKEND": IN_MEMORY},
+        "events": {"BACKEND": "channels_redis.core.RedisChannelLayer"},
+    }
+    assert check_broker() == []
+    settings.EVENTSOURCE_CHANNEL_LAYER = "events"
+    (message,) = check_broker()
+    assert "CHANNEL_LAYERS['events']" in message.msg
 
 
 @pytest.fixture

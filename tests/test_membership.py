@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from channels.layers import BaseChannelLayer, get_channel_layer
+from django.utils.module_loading import import_string
 
 from django_eventsource import hub as hub_module
 from django_eventsource import membership as module
@@ -762,3 +763,54 @@ async def test_a_real_broker_that_is_down(
     lines = [one.getMessage() for one in told]
     assert len(lines) == len(set(lines)), lines
     assert lines
+
+
+# Foreign writers on the broker
+
+
+async def forge(backend: str, server: ValkeyServer, seq: int, keys: list[str] | None) -> None:
+    """Send an event on the broker as somebody who is not part of the project."""
+    layer = import_string(backend)(hosts=[server.url], symmetric_encryption_keys=keys)
+    message = {**live_message("t", ""), "seq": seq, "frames": [draft("forged").frame(seq)]}
+    await layer.group_send(group_name("t"), message)
+    await (getattr(layer, "close_pools", None) or layer.flush)()
+
+
+@pytest.mark.parametrize("backend", [CORE, PUBSUB])
+async def test_a_forged_event_is_delivered_and_hides_a_real_one(
+    settings, backend: str, valkey_server: ValkeyServer
+) -> None:
+    """What docs/guarantees.rst says of a broker with foreign writers."""
+    use(settings, backend, hosts=[{"address": valkey_server.url, "socket_timeout": None}])
+    reader = await Reader().live()
+    (first,) = add(get_history(), "first")
+    await until(lambda: b"first" in reader.body)
+    await forge(backend, valkey_server, first.seq + 1, None)
+    await until(lambda: b"forged" in reader.body)
+    await apublish("t", "ping", "hidden")
+    await apublish("t", "ping", "next")
+    await until(lambda: b"next" in reader.body)
+    assert b"hidden" not in reader.body
+    await reader.close()
+    await stop(get_hub())
+
+
+@pytest.mark.parametrize("backend", [CORE, PUBSUB])
+async def test_a_forged_event_is_not_delivered_by_an_encrypted_layer(
+    settings, backend: str, valkey_server: ValkeyServer
+) -> None:
+    """Neither plain text nor another key is accepted, and no real event is missed."""
+    hosts = [{"address": valkey_server.url, "socket_timeout": None}]
+    use(settings, backend, hosts=hosts, symmetric_encryption_keys=["secret"])
+    reader = await Reader().live()
+    (first,) = add(get_history(), "first")
+    await until(lambda: b"first" in reader.body)
+    for keys in (None, ["guess"]):
+        await forge(backend, valkey_server, first.seq + 1, keys)
+    for n in range(3):
+        await apublish("t", "ping", f"real {n}")
+        await until(lambda n=n: f"real {n}".encode() in reader.body)
+    assert b"forged" not in reader.body
+    assert [reader.body.count(b"real %d" % n) for n in range(3)] == [1] * 3
+    await reader.close()
+    await stop(get_hub())
