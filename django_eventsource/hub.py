@@ -30,6 +30,7 @@ from .pacing import Pace
 from .reads import KEPT_SECONDS, Reads
 from .subscribers import Subscriber
 from .tokens import group_name
+from .troubles import log_failure
 
 logger = logging.getLogger("django_eventsource.hub")
 
@@ -206,8 +207,8 @@ class Hub:
                     self._begin_prune()
                     prune_at = now + self._prune_seconds()
                 failures = 0
-            except Exception:
-                logger.exception("Tending the streams failed; trying again.")
+            except Exception as error:  # noqa: BLE001
+                log_failure(logger, "Tending the streams failed; trying again.", error=error)
                 await self._back_off(failures)
                 failures += 1
 
@@ -286,8 +287,8 @@ class Hub:
     async def _prune(self) -> None:
         try:
             await self.history.aprune()
-        except Exception:
-            logger.exception("Pruning the history failed; trying again.")
+        except Exception as error:  # noqa: BLE001
+            log_failure(logger, "Pruning the history failed; trying again.", error=error)
 
     def _leave_empty(self) -> None:
         for feed in [feed for feed in self._feeds.values() if not feed.subscriptions]:

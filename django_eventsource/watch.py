@@ -30,6 +30,7 @@ from .shutdown import install
 from .signals import stream_closed
 from .streams import COME_BACK_MS, EventStream, Reason, jittered_ms, leave_thread
 from .tokens import CONTROL_TOKEN
+from .troubles import log_failure
 
 logger = logging.getLogger("django_eventsource.watch")
 
@@ -202,8 +203,9 @@ class Watch:
             try:
                 seconds = conf.presence_seconds or SWEEP_SECONDS
                 await self.beat()
-            except Exception:
-                logger.exception("The list of listeners could not be written; trying again.")
+            except Exception as error:  # noqa: BLE001
+                text = "The list of listeners could not be written; trying again."
+                log_failure(logger, text, error=error)
             timer = self.hub.loop.call_later(seconds, self._beat_now.set)
             await self._beat_now.wait()
             timer.cancel()
@@ -265,8 +267,9 @@ class Watch:
                     for event in decoder.feed(chunk):
                         self._hear(event.event, event.data)
                     cursor = decoder.last_event_id
-            except Exception:
-                logger.exception("What other processes say cannot be heard; trying again.")
+            except Exception as error:  # noqa: BLE001
+                text = "What other processes say cannot be heard; trying again."
+                log_failure(logger, text, error=error)
                 if cursor is None:
                     self._recheck_everybody()
             await asyncio.sleep(SWEEP_SECONDS)

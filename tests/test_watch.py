@@ -7,23 +7,29 @@ import base64
 import gc
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
 from django.contrib.auth.models import Permission, User
+from django.core.management import call_command
 from django.db import OperationalError, connections
 from django.http import Http404, HttpRequest
 from django.test import AsyncClient
 from django.urls import path
 
+from django_eventsource import hub as hub_module
+from django_eventsource import troubles
 from django_eventsource import watch as module
 from django_eventsource.control import CLOSE, ControlEvent, aclose_streams
 from django_eventsource.events import JSONIdEvent
 from django_eventsource.grants import make_grant
 from django_eventsource.history import get_history
+from django_eventsource.history.database import DatabaseHistory
 from django_eventsource.history.memory import MemoryHistory
+from django_eventsource.hub import get_hub
 from django_eventsource.listeners import Listener, registry
 from django_eventsource.policies import AllowAny
 from django_eventsource.publishing import apublish, publish_event
@@ -32,7 +38,7 @@ from django_eventsource.streams import EventStream, Reason
 from django_eventsource.tokens import CONTROL_TOKEN
 from django_eventsource.views import EventSourceView
 from django_eventsource.watch import Watch, get_watch
-from tests.histories import add
+from tests.histories import ALIASES, add
 from tests.listeners import Connection
 from tests.processes import serve
 
@@ -882,3 +888,67 @@ async def test_without_presence_there_is_no_lease(settings) -> None:
     """Nothing is written then, at the end neither."""
     settings.EVENTSOURCE_PRESENCE_SECONDS = None
     await get_watch().withdraw()
+
+
+# Missing tables
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the calls of the history by the tasks."""
+    calls: Counter[str] = Counter()
+    for name in ("aheads", "aannounce", "alocate"):
+        method = getattr(DatabaseHistory, name)
+
+        async def call(*args: Any, _name: str = name, _method: Any = method) -> Any:
+            calls[_name] += 1
+            return await _method(*args)
+
+        monkeypatch.setattr(DatabaseHistory, name, call)
+    return calls
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.django_db(transaction=True, databases=ALIASES)
+@pytest.mark.parametrize("using", ALIASES)
+async def test_missing_tables_are_one_line_and_no_restart(
+    settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    calls: Counter[str],
+    using: str,
+) -> None:
+    """Three tasks and a request fail; the log names the command, after which streams work."""
+
+    def migrate(*target: str) -> None:
+        call_command("migrate", "django_eventsource", *target, database=using, verbosity=0)
+
+    settings.EVENTSOURCE_HISTORY = {"OPTIONS": {"USING": using}}
+    monkeypatch.setattr(troubles, "_last_line", -troubles.UNMIGRATED_SECONDS)
+    monkeypatch.setattr(hub_module, "BACK_OFF_SECONDS", (0.02,))
+    await sync_to_async(migrate)("zero")
+    try:
+        response = await AsyncClient().get("/events/poll/t")
+        assert response.content.startswith(b"retry: "), "the listener comes back later"
+        get_watch()._changed.add("t")
+        names = ("aheads", "aannounce", "alocate")
+        await until(lambda: all(calls[name] >= 3 for name in names))
+    finally:
+        await sync_to_async(migrate)()
+    lines = [record for record in caplog.records if record.name.startswith("django_eventsource")]
+    assert [record.exc_info for record in lines] == [None]
+    assert lines[0].getMessage().endswith(": run `manage.py migrate`.")
+    stream = await open_stream()
+    await apublish("t", "ping", "works")
+    body = b""
+    while b"works" not in body:
+        body += await anext(stream)
+    await heard()
+    await aclose_streams(token="t")
+    await read_to_end(stream)
+    assert stream.reason is Reason.CLOSED
+    tasks = list(get_hub()._tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await sync_to_async(connections.close_all)()
