@@ -16,6 +16,9 @@ CONTENT_TYPE = "text/event-stream"
 KEEPALIVE = b": keepalive\n"
 """A comment line. No blank line: any blank line would commit the id buffer."""
 
+DEFAULT_ACTION = "message"
+"""The event type of an event without an ``event`` line."""
+
 MAX_RETRY_MS = 10**15 - 1
 """The longest reconnection time that is sent, and the one a longer one is read as."""
 
@@ -27,23 +30,27 @@ MAX_EVENT_BYTES = 16 * 1024 * 1024
 
 
 def encode_event(action: str, data: bytes, event_id: str | None = None) -> bytes:
-    """Encode one event.
+    """Encode one event. The type ``message`` is the default, which is not named.
 
     :param action: the event type; the caller has checked it with ``events.check_field``.
     :param data: UTF-8 text whose lines end with LF only. Always gives at least one
         ``data`` line, since an event without one is never dispatched.
     :param event_id: the id, or ``None`` for an event that leaves the last event id alone.
     """
-    return b"%sevent: %s\ndata: %s\n\n" % (
+    return b"%s%sdata: %s\n\n" % (
         _id_line(event_id),
-        action.encode(),
+        b"" if action == DEFAULT_ACTION else b"event: %s\n" % action.encode(),
         data.replace(b"\n", b"\ndata: "),
     )
 
 
 def encode_retry(milliseconds: int, event_id: str | None = None) -> bytes:
-    """Encode a reconnection time. With an id it is a block that commits the id."""
-    return b"%sretry: %d\n\n" % (_id_line(event_id), milliseconds)
+    """Encode a reconnection time. With an id it is a block that commits the id.
+
+    The block has an event type because htmx 4 drops one that contains ``retry`` alone. It has
+    no data, so that no client dispatches it.
+    """
+    return b"%sevent: retry\nretry: %d\n\n" % (_id_line(event_id), milliseconds)
 
 
 def encode_id(event_id: str) -> bytes:

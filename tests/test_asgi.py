@@ -261,7 +261,7 @@ async def test_a_full_server_answers_as_without_it(settings) -> None:
     exchange = Exchange()
     await finish(exchange.run(Handover(get_asgi_application()), "/events/poll/t"))
     assert (exchange.status, exchange.is_complete) == (200, True)
-    assert exchange.body.startswith(b"retry: ")
+    assert exchange.body.startswith(b"event: retry\nretry: ")
     await held.aclose()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Locator, Page, Request, Route, expect
 
+from django_eventsource.frames import CONTENT_TYPE, encode_retry
 from tests.browser import PATIENCE_MS
 from tests.demosite import DemoSite
 
@@ -170,6 +171,32 @@ def test_chart_of_a_hidden_page(page: Page, site: DemoSite):
     page.evaluate(hide, False)
     expect(page.locator("#machine .state")).to_have_text(OPEN)
     wait_for_points(page, seen + 1)
+
+
+# Reconnecting
+
+
+def test_a_retry_block_sets_the_reconnection_time_and_dispatches_nothing(
+    page: Page, site: DemoSite
+):
+    """At the browser's own time of seconds so many requests would take far longer."""
+    page.route(
+        "**/short-stream",
+        lambda route: route.fulfill(content_type=CONTENT_TYPE, body=encode_retry(20)),
+    )
+    page.goto(site.url)
+    page.evaluate(
+        """() => {
+            window.opened = window.dispatched = 0;
+            const source = new EventSource("/short-stream");
+            source.addEventListener("open", () => { window.opened += 1; });
+            for (const type of ["retry", "message"]) {
+                source.addEventListener(type, () => { window.dispatched += 1; });
+            }
+        }"""
+    )
+    page.wait_for_function("() => window.opened >= 20")
+    assert page.evaluate("() => window.dispatched") == 0
 
 
 # Losing nothing

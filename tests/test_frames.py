@@ -130,13 +130,23 @@ def test_server_7_durable_event_carries_its_id():
     assert encode_event("ping", b"a") == b"event: ping\ndata: a\n\n"
 
 
+def test_server_8a_the_action_message_has_no_event_line():
+    """The default type is not named: htmx 4 swaps unnamed events only."""
+    assert encode_event("message", b"a") == b"data: a\n\n"
+    assert encode_event("message", b"a", "17") == b"id: 17\ndata: a\n\n"
+    assert decode(encode_event("message", b"a")) == [ServerSentEvent(event="message", data="a")]
+
+
 @pytest.mark.parametrize(
     ("event_id", "frame"),
-    [(None, b"retry: 3000\n\n"), ("17", b"id: 17\nretry: 3000\n\n")],
+    [
+        (None, b"event: retry\nretry: 3000\n\n"),
+        ("17", b"id: 17\nevent: retry\nretry: 3000\n\n"),
+    ],
     ids=["live-only", "durable"],
 )
-def test_server_8_retry_is_ascii_digits(event_id, frame):
-    """A reconnection time is digits, milliseconds; with an id it commits the id."""
+def test_server_8_a_retry_is_digits_in_a_named_block_that_dispatches_nothing(event_id, frame):
+    """htmx 4 drops a block that contains `retry` alone, so the block has an event type."""
     assert encode_retry(3000, event_id) == frame
     decoder = Decoder()
     assert decoder.feed(frame) == []

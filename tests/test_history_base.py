@@ -751,8 +751,8 @@ def test_frames() -> None:
     assert one.frame(7) == b"id: 7\nevent: ping\ndata: a\ndata: b\n\n"
     assert Entry(seq=7, draft=one).frame() == one.frame(7)
     assert draft("x", own_id="u").frame(7) == b"id: u\nevent: ping\ndata: x\n\n"
-    assert draft("50", kind=Kind.RETRY).frame(7) == b"id: 7\nretry: 50\n\n"
-    assert draft("50", kind=Kind.RETRY).frame() == b"retry: 50\n\n"
+    assert draft("50", kind=Kind.RETRY).frame(7) == b"id: 7\nevent: retry\nretry: 50\n\n"
+    assert draft("50", kind=Kind.RETRY).frame() == b"event: retry\nretry: 50\n\n"
 
 
 def test_event_id_class_has_no_id_of_its_own() -> None:

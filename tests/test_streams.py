@@ -114,7 +114,7 @@ def test_opening_with_a_retry(settings) -> None:
     settings.EVENTSOURCE_RETRY_MS = 700
     position = Position(seq=5, cursor="5")
     first = first_bytes(position, asked=None, durable=True)
-    assert first == b"retry: 700\n\nid: 5\n\n"
+    assert first == b"event: retry\nretry: 700\n\nid: 5\n\n"
 
 
 def test_opening_of_a_live_only_class() -> None:

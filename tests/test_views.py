@@ -486,7 +486,7 @@ async def test_a_limit_that_is_reached_meanwhile(
     first = await client.get("/events/poll/t")
     monkeypatch.setattr(registry, "limit", looks(registry.limit, None))
     response = await client.get("/events/poll/t")
-    assert response.content.startswith(b"retry: ")
+    assert response.content.startswith(b"event: retry\nretry: ")
     assert await start(first)
 
 
@@ -502,7 +502,7 @@ async def test_no_stream_is_opened_at_the_end(
     """Who comes while the server ends is asked to come back."""
     monkeypatch.setattr(shutdown, "begun", True)
     response = await client.get("/events/poll/t")
-    assert response.content.startswith(b"retry: ")
+    assert response.content.startswith(b"event: retry\nretry: ")
     assert registry.count("t") == 0
 
 
@@ -635,7 +635,7 @@ async def test_an_event_while_the_state_is_read(client: AsyncClient) -> None:
 async def test_a_state_that_fails(client: AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
     """The listener is asked to come back, and takes nobody's place."""
     response = await client.get("/broken/poll/t")
-    assert response.content.startswith(b"retry: ")
+    assert response.content.startswith(b"event: retry\nretry: ")
     assert "initial_state() of" in caplog.text
     assert "no state" in caplog.text
     assert registry.count("t") == 0
@@ -647,7 +647,7 @@ async def test_a_state_that_cannot_be_sent(
 ) -> None:
     """Its actions are those that may be published, but for the end of the stream."""
     response = await client.get(f"/odd/poll/{token}")
-    assert response.content.startswith(b"retry: ")
+    assert response.content.startswith(b"event: retry\nretry: ")
     assert "initial_state() of" in caplog.text
 
 
@@ -665,7 +665,7 @@ async def test_a_policy_whose_database_is_away(
     for url in ("/down/poll/t", "/unidentified/poll/t"):
         response = await client.get(url)
         assert response.status_code == 200
-        assert response.content.startswith(b"retry: ")
+        assert response.content.startswith(b"event: retry\nretry: ")
     assert "cannot be checked" in caplog.text
     response = await send(client, "/down/ping/t", "x")
     assert (response.status_code, response.content) == (
