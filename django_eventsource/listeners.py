@@ -6,18 +6,19 @@ import asyncio
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from weakref import WeakSet
+from weakref import ref
 
 from .addresses import network_of
 from .conf import conf
 from .streams import EventStream
 
 SESSION = "session"
+Key = tuple[str, str]
 Recheck = Callable[[], Awaitable[bool]]
 OnClose = Callable[["Listener", EventStream], None]
 
@@ -65,18 +66,23 @@ class Limit(StrEnum):
 class Registry:
     """The streams that were admitted and have not ended.
 
-    It holds no stream alive: one that is dropped without being served is forgotten.
+    The registry keeps no stream alive. The garbage collector may end a stream between any two
+    lines, also in a thread that holds the lock, and a signal handler may walk over the streams
+    there. So the end of a stream only queues its keys, which the next caller that needs the
+    counts takes off them, and :meth:`streams` walks over a copy, made without the lock.
     """
 
     def __init__(self) -> None:
-        self._streams: WeakSet[EventStream] = WeakSet()
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._lock = threading.RLock()  # reentrant: the garbage collector may end a stream
+        self._streams: dict[int, ref[EventStream]] = {}
+        self._counts: Counter[Key] = Counter()
+        self._ended: deque[list[Key]] = deque()
+        self._lock = threading.RLock()
 
     def limit(self, listener: Listener) -> Limit | None:
-        """Give the limit that one more stream would pass, if there is one."""
+        """Return the limit that one more stream would pass, or ``None``."""
         with self._lock:
-            for limit, key in _keys(listener):
+            self._count_out()
+            for limit, key in _limited(listener):
                 most = _most(limit)
                 if most is not None and self._counts[limit, key] >= most:
                     return limit
@@ -85,7 +91,7 @@ class Registry:
         return None
 
     def admit(self, stream: EventStream, listener: Listener, on_close: OnClose) -> Limit | None:
-        """Count a stream in, unless that would pass a limit, which is given then.
+        """Count a stream in, unless that would pass a limit, which is returned then.
 
         :param on_close: called when it has ended, in whatever thread that happens.
         """
@@ -96,41 +102,44 @@ class Registry:
             now = listener.admitted = time.monotonic()
             listener.ends_at = now + _jittered(conf.stream_max_age_seconds)
             listener.recheck_at = now + _jittered(conf.recheck_seconds)
-            self._count(listener, 1)
+            self._counts.update(_keys(listener))
             # Not kept here: it leads back to the stream, by way of the request.
             stream.listener = listener
-            self._streams.add(stream)
+            self._streams[id(stream)] = ref(stream)
         stream.on_close = partial(self._release, listener, on_close)
         return None
 
     def _release(self, listener: Listener, on_close: OnClose, stream: EventStream) -> None:
-        with self._lock:
-            self._count(listener, -1)
-            self._streams.discard(stream)
+        self._streams.pop(id(stream), None)
+        self._ended.append(_keys(listener))
         on_close(listener, stream)
 
-    def _count(self, listener: Listener, step: int) -> None:
-        for key in (*_keys(listener), (SESSION, listener.session)):
-            self._counts[key] += step
-            if not self._counts[key]:
-                del self._counts[key]
+    def _count_out(self) -> None:
+        while self._ended:
+            for key in self._ended.popleft():
+                self._counts[key] -= 1
+                if not self._counts[key]:
+                    del self._counts[key]
 
     def streams(
         self, loop: asyncio.AbstractEventLoop | None = None
     ) -> Iterator[tuple[EventStream, Listener]]:
-        """Give the streams, of one event loop if it is named."""
-        with self._lock:
-            found = [(stream, stream.listener) for stream in self._streams]
+        """Return an iterator over the streams, of one event loop if it is named."""
+        # Copying a dictionary's values is one step, as weakref.WeakValueDictionary relies on.
+        streams = [stream for found in list(self._streams.values()) if (stream := found())]
+        found = [(stream, stream.listener) for stream in streams]
         return ((one, who) for one, who in found if loop is None or who.loop is loop)
 
     def count(self, token: str) -> int:
-        """Give the number of streams of a token in this process."""
+        """Return the number of streams of a token in this process."""
         with self._lock:
+            self._count_out()
             return self._counts[Limit.TOKEN, token]
 
     def has(self, user: str | None, session: str | None) -> bool:
-        """Tell whether there may be a stream of a user and a session, where they are named."""
+        """Return whether there may be a stream of a user and a session, where they are named."""
         with self._lock:
+            self._count_out()
             return (user is None or self._counts[Limit.USER, user] > 0) and (
                 session is None or self._counts[SESSION, session] > 0
             )
@@ -139,7 +148,11 @@ class Registry:
 registry = Registry()
 
 
-def _keys(listener: Listener) -> Iterator[tuple[Limit, str]]:
+def _keys(listener: Listener) -> list[Key]:
+    return [*_limited(listener), (SESSION, listener.session)]
+
+
+def _limited(listener: Listener) -> Iterator[tuple[Limit, str]]:
     yield Limit.PROCESS, ""
     for token in listener.tokens:
         yield Limit.TOKEN, token

@@ -233,10 +233,10 @@ class Watch:
 
     async def _announce(self, lease_seconds: float) -> bool:
         changed, self._changed = self._changed, set()
-        lists = self._lists(changed)
-        if not changed and not any(registry.streams(self.hub.loop)):
-            return True  # a process without listeners needs no lease
         try:
+            lists = self._lists(changed)
+            if not changed and not any(registry.streams(self.hub.loop)):
+                return True  # a process without listeners needs no lease
             return await get_history().aannounce(self.process, lists, lease_seconds)
         except BaseException:
             self._changed |= changed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from django_eventsource.history import Position
 from django_eventsource.listeners import Limit, Listener, Registry
 from django_eventsource.responses import EventStreamResponse, Slot
 from django_eventsource.streams import EventStream, Reason
+from tests.lines import at_each_line
 
 pytestmark = pytest.mark.usefixtures("memory_history")
 
@@ -52,7 +55,7 @@ def admit(registry: Registry, listener: Listener, ends: Ends | None = None) -> E
 
 def is_empty(registry: Registry) -> bool:
     gc.collect()
-    return not registry._counts and not list(registry.streams()) and not registry.count("a")
+    return not registry.count("a") and not registry._counts and not list(registry.streams())
 
 
 # Counting
@@ -149,6 +152,51 @@ async def test_what_is_asked_while_a_stream_ends(registry: Registry) -> None:
     assert all(stream.reason is Reason.CLOSED for stream in streams)
 
 
+@pytest.mark.parametrize("method", ["streams", "limit", "admit", "count", "has"])
+async def test_streams_that_the_garbage_collector_ends_during_a_call_are_counted_out(
+    settings, registry: Registry, method: str
+) -> None:
+    """It runs in any thread, between any two lines: also in one that holds the lock."""
+    settings.EVENTSOURCE_MAX_STREAMS = 1000
+    kept = [admit(registry, make_listener(user="7")) for _ in range(20)]
+    dropped = [admit(registry, make_listener(user="7")) for _ in range(20)]
+    calls: dict[str, Callable[[], object]] = {
+        "streams": lambda: list(registry.streams()),
+        "limit": lambda: registry.limit(make_listener("b")),
+        "admit": lambda: kept.append(admit(registry, make_listener(user="7"))),
+        "count": lambda: registry.count("a"),
+        "has": lambda: registry.has("7", None),
+    }
+    while dropped:
+        with at_each_line(lambda: dropped and dropped.pop()):
+            calls[method]()
+    assert registry.count("a") == len(kept)
+    assert {stream for stream, _ in registry.streams()} == set(kept)
+    kept.clear()
+    assert is_empty(registry)
+
+
+async def test_a_signal_handler_walks_over_the_streams_between_any_two_lines(
+    registry: Registry,
+) -> None:
+    """It interrupts the thread that holds the lock, and must not wait for it."""
+    walks: list[int] = []
+    previous = signal.signal(
+        signal.SIGUSR1, lambda number, frame: walks.append(len(list(registry.streams())))
+    )
+    streams: list[Any] = []
+    try:
+        with at_each_line(lambda: signal.raise_signal(signal.SIGUSR1)):
+            streams += [admit(registry, make_listener()) for _ in range(3)]
+            streams.pop().abort(Reason.CLOSED)
+            assert registry.count("a") == 2
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert {*walks} == {0, 1, 2, 3}
+    streams.clear()
+    assert is_empty(registry)
+
+
 async def test_streams_of_one_loop(registry: Registry) -> None:
     """Each event loop looks after its own."""
     loop = asyncio.get_running_loop()
@@ -214,7 +262,7 @@ def test_counts_are_those_of_the_open_streams(comers: list[Any]) -> None:
             expected = sum(token in other.tokens for _, other in open_ones)
             assert registry.count(token) == expected
     open_ones.clear()
-    assert not registry._counts
+    assert is_empty(registry)
 
 
 async def test_whose_streams_there_may_be(registry: Registry) -> None:

@@ -22,6 +22,7 @@ from django_eventsource.history import History, get_history
 from django_eventsource.listeners import Listener, registry
 from django_eventsource.shutdown import call, end_streams, install, shutdown
 from django_eventsource.streams import EventStream, Reason
+from tests.lines import at_each_line
 from tests.processes import DEADLINE, start_python
 
 pytestmark = pytest.mark.usefixtures("memory_history")
@@ -90,6 +91,22 @@ async def test_streams_end_first(number: signal.Signals, before: list[int]) -> N
     await until(lambda: before)
     assert before == [number]
     assert not list(registry.streams())
+
+
+async def test_a_signal_ends_the_streams_while_the_garbage_collector_ends_others(
+    before: list[int],
+) -> None:
+    """The handler walks over the streams, and any line of it may be where others are collected."""
+    install(asyncio.get_running_loop())
+    stream = open_stream()
+    body = asyncio.create_task(read_to_end(stream))
+    await until(lambda: stream.is_open)
+    dropped = [open_stream() for _ in range(100)]
+    with at_each_line(lambda: dropped and dropped.pop()):
+        signal.raise_signal(signal.SIGTERM)
+    assert before == []
+    assert 500 <= comes_back_ms(await body) <= 5000
+    await until(lambda: before)
 
 
 async def test_listeners_do_not_all_come_back_at_once(before: list[int]) -> None:

@@ -794,6 +794,30 @@ async def test_a_bad_setting_does_not_end_the_beating(
 
 
 @in_memory
+async def test_a_change_whose_list_could_not_be_made_is_announced_with_the_next_beat(
+    settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beat that fails before it reaches the history loses no change."""
+    settings.EVENTSOURCE_PRESENCE_SECONDS = 600
+    watch = get_watch()
+    other = await open_stream("other")  # without a listener there is no lease to renew
+    await watch.beat()
+    stream = await open_stream("t")
+
+    def fail(loop: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(registry, "streams", fail)
+        await watch.beat()
+    assert not get_history().present("t")
+    await watch.beat()
+    assert get_history().present("t")
+    await stream.aclose()
+    await other.aclose()
+
+
+@in_memory
 async def test_a_bad_setting_leaves_nothing_counted(settings) -> None:
     """A stream that could not be opened is not counted for ever."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0
