@@ -294,7 +294,7 @@ class Hub:
         for feed in [feed for feed in self._feeds.values() if not feed.subscriptions]:
             del self._feeds[feed.token], self._by_group[feed.group]
             self._reads.forget_feed(feed)
-            self.start(self._membership.leave(feed.group))
+            self._membership.leave(feed.group)
 
     # Keepalives: one timer for all streams with the same interval
 

@@ -59,6 +59,9 @@ class Membership:
         self._naming = asyncio.Lock()
         self._order = asyncio.Lock()
         self._failing = False
+        self._unwanted: dict[str, None] = {}
+        """Groups without a feed that are to be left, in this order."""
+        self._leaving: asyncio.Task[None] | None = None
         self.rejoin_at = self._next_rejoin()
         """When :meth:`join_missing` joins all groups again, on the monotonic clock."""
         self.receiving = True
@@ -113,12 +116,16 @@ class Membership:
         self._failing = True
 
     def join_missing(self) -> None:
-        """Join the groups of all feeds that are in none, or of all feeds when it is time."""
+        """Join the groups of all feeds that are in none, or of all feeds when it is time.
+
+        Groups that could not be left before are left.
+        """
         if time.monotonic() >= self.rejoin_at:
             self.forget()
         for feed in self._feeds.values():
             if not feed.joined:
                 self.begin_join(feed)
+        self._begin_leave()
 
     def forget(self) -> None:
         """Take no feed for joined any more."""
@@ -132,16 +139,32 @@ class Membership:
         seconds = max(expiry / 2, LEAST_REJOIN_SECONDS) if expiry else REJOIN_SECONDS
         return time.monotonic() + min(seconds, REJOIN_SECONDS)
 
-    async def leave(self, group: str) -> None:
-        """Leave a group, unless somebody listens again."""
-        try:
-            async with asyncio.timeout(LAYER_SECONDS), self._order:
-                if group not in self._feeds:
-                    layer, channel = await self._place()
-                    await layer.group_discard(group, channel)
-        except Exception as error:  # noqa: BLE001
-            # Messages for a group without listeners are skipped.
-            self._tell(error, "leave")
+    def leave(self, group: str) -> None:
+        """Leave a group in a task, unless it has a feed again by then.
+
+        After a failure :meth:`join_missing` tries again.
+        """
+        self._unwanted[group] = None
+        self._begin_leave()
+
+    def _begin_leave(self) -> None:
+        if self._unwanted and (self._leaving is None or self._leaving.done()):
+            self._leaving = self._start(self._leave_unwanted())
+
+    async def _leave_unwanted(self) -> None:
+        while self._unwanted:
+            group = next(iter(self._unwanted))
+            del self._unwanted[group]  # before: it may be left once more meanwhile
+            try:
+                async with asyncio.timeout(LAYER_SECONDS), self._order:
+                    if group not in self._feeds:
+                        layer, channel = await self._place()
+                        await layer.group_discard(group, channel)
+            except Exception as error:  # noqa: BLE001
+                # Messages for a group without listeners are skipped.
+                self._unwanted[group] = None
+                self._tell(error, "leave")
+                return
 
     # Hearing
 
@@ -219,7 +242,8 @@ class Membership:
         self.channel = None
         self._naming = asyncio.Lock()
         self._order = asyncio.Lock()
-        # The old layer's channel stays in the old group until that expires.
+        # The old layer's channel stays in the old groups until they expire.
+        self._unwanted.clear()
         self._group = _own_group()
         self._probing = None
         self.hear()

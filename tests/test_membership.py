@@ -559,14 +559,75 @@ async def test_a_broker_that_is_down_is_told_once(
 async def test_leaving_many_groups_of_a_broker_that_is_down(
     membership: tuple[Membership, dict[str, Feed]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """That is told once, too."""
+    """One of them is tried at each head check, which is logged once; none is forgotten."""
     one, _ = membership
     layer = shared(one)
+    channel = await one.get_channel()
+    groups = [group_name(f"t{n}") for n in range(20)]
+    for group in groups:
+        await layer.group_add(group, channel)
     layer.failing.add("group_discard")
-    for n in range(20):
-        await one.leave(group_name(f"t{n}"))
-    assert layer.calls.count("group_discard") == 20
+    for group in groups:
+        one.leave(group)
+    await left(one)
+    for _ in range(2):
+        one.join_missing()
+        await left(one)
+    assert layer.calls.count("group_discard") == 3
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+    layer.failing.clear()
+    one.join_missing()
+    await left(one)
+    assert not any(layer.groups.values())
+
+
+async def left(membership: Membership) -> None:
+    """Wait for the task that leaves groups."""
+    assert membership._leaving is not None
+    await membership._leaving
+
+
+async def test_a_group_is_left_after_a_time_out_of_the_wait_for_its_turn(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a load peak a process has no subscriptions without listeners."""
+    reader = await Reader("t").live()
+    hub = get_hub()
+    layer = layer_of(hub)
+    await until(lambda: layer.groups[group_name("t")])
+    monkeypatch.setattr(module, "LAYER_SECONDS", 0.05)
+    async with hub._membership._order:
+        await reader.close()
+        await until(lambda: "Could not leave" in caplog.text)
+    await until(lambda: not layer.groups[group_name("t")])
+
+
+async def test_a_group_that_is_left_twice_is_left_after_the_join_in_between(
+    membership: tuple[Membership, dict[str, Feed]],
+) -> None:
+    """A listener came and went while the group of the one before it was being left."""
+    one, feeds = membership
+    layer = shared(one)
+    feed = make_feed()
+    proceed, discard = asyncio.Event(), layer.group_discard
+
+    async def slow(group: str, channel: str) -> None:
+        await proceed.wait()
+        await discard(group, channel)
+
+    layer.group_discard = slow  # type: ignore[method-assign]
+    one.leave(feed.group)
+    await asyncio.sleep(0)
+    feeds[feed.group] = feed
+    joining = one.begin_join(feed)
+    await asyncio.sleep(0)
+    del feeds[feed.group]
+    one.leave(feed.group)
+    proceed.set()
+    await joining
+    await left(one)
+    assert layer.calls == ["group_discard", "group_add", "group_discard"]
+    assert not layer.groups[feed.group]
 
 
 async def test_a_group_that_is_wanted_again_is_not_left(
@@ -577,10 +638,12 @@ async def test_a_group_that_is_wanted_again_is_not_left(
     layer = shared(one)
     feed = make_feed()
     feeds[feed.group] = feed
-    await one.leave(feed.group)
+    one.leave(feed.group)
+    await left(one)
     assert "group_discard" not in layer.calls
     del feeds[feed.group]
-    await one.leave(feed.group)
+    one.leave(feed.group)
+    await left(one)
     assert "group_discard" in layer.calls
 
 
