@@ -104,7 +104,6 @@ class Feed:
         if seq is None:
             self._emit(Batch(frames, finish=finish))
             return
-        self.unheard = 0
         batch = Batch(frames, range(seq, seq + len(frames)), finish=finish)
         if self.last is not None and seq - 1 <= self.last:
             if seq + len(frames) - 1 > self.last:

@@ -35,6 +35,8 @@ from .troubles import log_failure
 logger = logging.getLogger("django_eventsource.hub")
 
 T = TypeVar("T")
+Gaps = dict[Feed, int | None]
+"""The feeds in which an event is missing, and the last one before it."""
 
 POLL_SECONDS_LOCAL = 0.5
 POLL_SECONDS_SHARED = 5.0
@@ -121,6 +123,13 @@ class Hub:
 
     # For publishers
 
+    def listens_to(self, group: str) -> bool:
+        """Whether a stream listens to the group's token. May be called in any thread.
+
+        A stream that is not there yet reads the history after this, and finds what is in it.
+        """
+        return group in self._by_group
+
     def deliver(self, messages: Iterable[dict[str, Any]]) -> None:
         """Take messages of this process, from any thread, without a layer between."""
         self._inbox.put(messages)
@@ -160,15 +169,16 @@ class Hub:
                 continue
             failures = 0
             membership.hear()
-            await self._inbox.pass_on(message)
+            await self._inbox.turn(message)
+            self._take(message, heard=True)
 
-    def _take(self, message: Any) -> None:
+    def _take(self, message: Any, *, heard: bool = False) -> None:
         try:
-            self._dispatch(message)
+            self._dispatch(message, heard=heard)
         except Exception:
             logger.exception("A message could not be passed on.")
 
-    def _dispatch(self, message: Any) -> None:
+    def _dispatch(self, message: Any, *, heard: bool = False) -> None:
         match message:
             case {
                 "type": str(kind),
@@ -179,6 +189,8 @@ class Hub:
             } if kind == MESSAGE_TYPE and all(isinstance(frame, bytes) for frame in frames):
                 feed = self._by_group.get(group)
                 if feed is not None:
+                    if heard and seq is not None:
+                        feed.unheard = 0
                     feed.receive(seq, frames, finish)
             case {"type": str(kind)} if kind == PROBE_TYPE:
                 self._membership.answer()
@@ -194,9 +206,9 @@ class Hub:
         prune_at = check_at + self._prune_seconds()
         while True:
             try:
-                await self._rest(min(check_at, self._membership.rejoin_at))
+                gaps = await self._rest(min(check_at, self._membership.rejoin_at))
                 self._membership.join_missing()
-                await self._close_gaps()
+                await self._close_gaps(gaps)
                 now = time.monotonic()
                 if now >= check_at:
                     self._check_layer()
@@ -212,14 +224,22 @@ class Hub:
                 await self._back_off(failures)
                 failures += 1
 
-    async def _rest(self, until: float) -> None:
-        """Wait for the next head check, or until a feed has a gap or lost its group."""
+    async def _rest(self, until: float) -> Gaps:
+        """Wait for the next head check, or until a feed has a gap or lost its group.
+
+        Return the gaps that were there before messages had the time to overtake each other.
+        """
         timer = self.loop.call_later(until - time.monotonic(), self._wake.set)
         await self._wake.wait()
         timer.cancel()
         self._wake.clear()
-        if any(feed.has_gap for feed in self._feeds.values()):
+        gaps = self._gaps()
+        if gaps:
             await asyncio.sleep(REORDER_SECONDS)
+        return gaps
+
+    def _gaps(self) -> Gaps:
+        return {feed: feed.last for feed in self._feeds.values() if feed.has_gap}
 
     def _poll_seconds(self) -> float:
         seconds = conf.poll_seconds
@@ -234,9 +254,12 @@ class Hub:
             self._receiving = self.start(self._receive())
             self._wake.set()
 
-    async def _close_gaps(self) -> None:
-        for feed in [feed for feed in self._feeds.values() if feed.has_gap]:
-            await self._repair(feed)
+    async def _close_gaps(self, gaps: Gaps) -> None:
+        for feed, last in gaps.items():
+            if feed.has_gap and feed.last == last:
+                await self._repair(feed)
+            elif feed.has_gap:
+                self._wake.set()  # it is another gap, which gets its time too
 
     async def _check_heads(self) -> None:
         self._leave_empty()

@@ -43,12 +43,11 @@ class Inbox:
         with contextlib.suppress(RuntimeError):  # the loop was closed just now
             self._loop.call_soon_threadsafe(self._begin, context=self._context)
 
-    async def pass_on(self, message: Any) -> None:
-        """Pass on a message of the channel layer."""
+    async def turn(self, message: Any) -> None:
+        """Wait until a message of the channel layer may be passed on."""
         if self._is_over(message):
             await asyncio.sleep(0)
             self._is_over(message)
-        self._take(message)
 
     def _begin(self) -> None:
         if not self._waits:

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from asgiref.sync import sync_to_async
 from channels.layers import BaseChannelLayer
@@ -41,6 +41,7 @@ MESSAGE_BYTES = 64 * 1024
 
 Item = tuple[str, str, Any]
 Prepared = tuple[Event, Draft]
+Messages = list[dict[str, Any]]
 
 
 @async_unsafe("publish() blocks: in async code call `await apublish(...)` instead.")
@@ -153,7 +154,7 @@ async def apublish_posted(token: str, action: str, value: Any, event_class: type
     elif is_durable(event_class):
         _append([event], partial(history.append, token, [draft]), Way())
     else:
-        _send(token, _of_live([draft]))
+        _send_live(_live_messages(token, [draft]), Way())
     return event
 
 
@@ -245,11 +246,14 @@ def _append(
         if entry is not None:
             event._seq = entry.seq
     try:
-        if way.failure is None:
-            # What was trimmed already has no entry.
-            frames = (entry.numbered for entry in entries if entry is not None)
-            batches = gather(frames, max_bytes=MESSAGE_BYTES, consecutive=True)
-            way.send(events[0].token, batches)
+        # What was trimmed already has no entry.
+        frames = (entry.numbered for entry in entries if entry is not None)
+        batches = gather(frames, max_bytes=MESSAGE_BYTES, consecutive=True)
+        messages = _messages(events[0].token, batches)
+        # First, and whatever the layer does: the copy that it brings is dropped by its number.
+        _deliver_here(messages)
+        if way.failure is None and not is_process_local():
+            way.send(messages)
     except (Exception, asyncio.CancelledError):
         # Not lost: every hub finds it in the history at its next head check. And not
         # the caller's: its transaction has committed, though it may be cancelled.
@@ -257,9 +261,9 @@ def _append(
     _tell(events)
 
 
-def _of_live(drafts: Iterable[Draft]) -> Iterator[Batch]:
+def _live_messages(token: str, drafts: Iterable[Draft]) -> Messages:
     frames = ((None, draft.frame(), draft.kind == Kind.FINISH) for draft in drafts)
-    return gather(frames, max_bytes=MESSAGE_BYTES)
+    return _messages(token, gather(frames, max_bytes=MESSAGE_BYTES))
 
 
 def _send_and_tell(events: Sequence[Event], send: Callable[[], None]) -> None:
@@ -279,7 +283,7 @@ def _tell(events: Sequence[Event]) -> None:
 def _publish_live(events: Sequence[Event], drafts: Sequence[Draft], way: Way) -> None:
     using = get_history().using
     token = events[0].token
-    send = partial(way.send, token, list(_of_live(drafts)))
+    send = partial(_send_live, _live_messages(token, drafts), way)
     if _in_transaction(using):
         _on_commit(partial(_send_and_tell, events, send), using)
         return
@@ -322,38 +326,39 @@ def _on_commit(work: Callable[[], object], using: str) -> None:
     transaction.on_commit(run, using=using, robust=True)
 
 
-async def _group_send(
-    layer: BaseChannelLayer, group: str, messages: Iterable[dict[str, Any]]
-) -> None:
+async def _group_send(layer: BaseChannelLayer, messages: Messages) -> None:
     async with asyncio.timeout(SEND_SECONDS):
         for message in messages:
-            await layer.group_send(group, message)
+            await layer.group_send(message["group"], message)
 
 
 class Way:
-    """The way of a publisher's events to the hubs: it waits for a layer that hangs once."""
+    """The way of a publisher's events over the layer: it waits for a layer that hangs once."""
 
     def __init__(self) -> None:
         self.failure: BaseException | None = None
 
-    def send(self, token: str, batches: Iterable[Batch]) -> None:
-        """Send frames to every process's hub, unless that has failed before.
+    def send(self, messages: Messages) -> None:
+        """Send messages of one group over the layer, unless that has failed before.
 
         :raises Exception: whatever kept it from that.
         """
         if self.failure is not None:
             raise self.failure
+        if not messages:
+            return
         try:
-            _send(token, batches)
+            layer = cast("BaseChannelLayer", get_layer())
+            background.run(layer, _group_send(layer, messages))
         except BaseException as error:
             self.failure = error
             raise
 
 
-def _send(token: str, batches: Iterable[Batch]) -> None:
-    """Send frames to every process's hub."""
+def _messages(token: str, batches: Iterable[Batch]) -> Messages:
+    """Return the messages to the hubs of a token's listeners."""
     group = group_name(token)
-    messages = [
+    return [
         {
             "type": MESSAGE_TYPE,
             "group": group,
@@ -363,12 +368,25 @@ def _send(token: str, batches: Iterable[Batch]) -> None:
         }
         for batch in batches
     ]
-    layer = get_layer()
-    if layer is None or is_process_local():
-        for hub in hubs():
+
+
+def _deliver_here(messages: Messages) -> None:
+    """Hand durable events to the hubs of this process that have listeners for them."""
+    for hub in hubs():
+        if messages and hub.listens_to(messages[0]["group"]):
             hub.deliver(messages)
+
+
+def _send_live(messages: Messages, way: Way) -> None:
+    """Send live-only events to the hubs: over the layer alone, if processes share it.
+
+    They have no number by which a second copy could be dropped.
+    """
+    if not is_process_local():
+        way.send(messages)
         return
-    background.run(layer, _group_send(layer, group, messages))
+    for hub in hubs():
+        hub.deliver(messages)
 
 
 def _off_the_loop(work: Callable[[], object]) -> None:

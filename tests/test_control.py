@@ -261,9 +261,9 @@ async def comes_back_ms(stream: Connection) -> int:
     while chunk := await stream.read():
         body += chunk
     stream.close()
-    field, value = body.strip().split(b": ")
-    assert field == b"retry"
-    return int(value)
+    name, field = body.strip().split(b"\n")
+    assert name == b"event: retry"
+    return int(field.removeprefix(b"retry: "))
 
 
 async def is_served(token: str, *streams: Connection) -> None:

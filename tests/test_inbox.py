@@ -55,7 +55,8 @@ async def test_messages_of_a_layer_take_turns_too() -> None:
 
     async def receive() -> None:
         for message in messages():
-            await inbox.pass_on(message)
+            await inbox.turn(message)
+            taken.take(message)
 
     task = asyncio.ensure_future(receive())
     assert await taken.go_round(10) == TURNS
