@@ -15,7 +15,7 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from .events import MAX_ACTION_LENGTH, RESET, Event, check_field
+from .events import MAX_ACTION_LENGTH, RESERVED, Event, check_field
 from .exceptions import InvalidEvent
 
 MAX_NUMBER = 10**12
@@ -194,7 +194,7 @@ conf = Conf()
 
 
 def check_event_class(event_class: type[Event]) -> type[Event]:
-    """Check what a class must keep: ``reset`` is ours, and actions are a list of names.
+    """Check that the actions of a class are a list of names, none of them reserved.
 
     :raises ImproperlyConfigured: when it does not.
     """
@@ -209,11 +209,12 @@ def check_event_class(event_class: type[Event]) -> type[Event]:
         raise ImproperlyConfigured(
             f"{where}.LISTEN must be an action name, not {event_class.LISTEN!r}."
         )
-    if RESET in (*actions, event_class.LISTEN):
-        raise ImproperlyConfigured(
-            f"{where} lists the action {RESET!r}, which is reserved: it tells a listener "
-            "that it missed events. Choose another name."
-        )
+    for action in (*actions, event_class.LISTEN):
+        if action in RESERVED:
+            raise ImproperlyConfigured(
+                f"{where} lists the action {action!r}, which is reserved for events that the "
+                "streams themselves send. Choose another name."
+            )
     return event_class
 
 

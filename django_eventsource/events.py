@@ -21,6 +21,9 @@ CURSOR_MARK = "~"
 """How the last event id of a stream with several tokens begins: no event's own id does."""
 RESET = "reset"
 """The reserved action that tells a listener that it missed events."""
+CURSOR = "cursor"
+"""The reserved action that carries a cursor to clients that ignore an id without data."""
+RESERVED = (RESET, CURSOR)
 
 MAX_ACTION_LENGTH = 255
 MAX_ID_LENGTH = 255

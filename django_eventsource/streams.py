@@ -18,7 +18,7 @@ from django.db import connections
 from .buffers import share_of
 from .conf import conf
 from .cursors import split_cursor
-from .frames import encode_comment, encode_id, encode_retry
+from .frames import encode_comment, encode_retry
 from .history import Position
 from .hub import Hub, get_hub
 from .resets import reset_frame
@@ -68,6 +68,7 @@ class EventStream(AsyncIterator[bytes]):
     :param keepalive_seconds: longest silence, or ``None``.
     :param others: the further tokens of the stream, and where the listener goes on there.
     :param state: the application's state, encoded, which the stream begins with.
+    :param cursor_event: send cursors as events, for a client that ignores an id without data.
     """
 
     __slots__ = (
@@ -96,6 +97,7 @@ class EventStream(AsyncIterator[bytes]):
         keepalive_seconds: float | None = None,
         others: Mapping[str, Position] = MappingProxyType({}),
         state: bytes = b"",
+        cursor_event: bool = False,
     ) -> None:
         self.token = token
         self.reason: Reason | None = None
@@ -117,6 +119,7 @@ class EventStream(AsyncIterator[bytes]):
             buffer_bytes=share_of(conf.stream_buffer_bytes),
             keepalive_seconds=keepalive_seconds,
             joined=bool(others),
+            cursor_event=cursor_event,
         )
         positions = {token: position, **others}
         for one, place in positions.items():
@@ -315,7 +318,7 @@ def opening(
         )
     first += state
     if durable or asked:
-        return first if lost and not state else first + encode_id(cursor)
+        return first if lost and not state else first + subscriber.commit(cursor)
     return first + encode_comment("open")
 
 

@@ -17,7 +17,8 @@ from typing import Protocol
 from .batches import Batch
 from .buffers import Buffer
 from .cursors import join_cursor, short_key
-from .frames import encode_id
+from .events import CURSOR
+from .frames import encode_event, encode_id
 from .history import Slice
 from .history.base import cursor_at
 from .resets import reset_frame
@@ -177,7 +178,7 @@ class Subscription:
         self.position = position
         self._anew_at = position if anew else None
         if not missing:
-            return encode_id(self.cursor)
+            return self.subscriber.commit(self.cursor)
         token = self.token if self.subscriber.joined else None
         return reset_frame("expired", after=str(after), resume=self.cursor, token=token)
 
@@ -203,14 +204,23 @@ class Subscription:
 
 
 class Subscriber(Buffer):
-    """The bounded buffer of one stream, and its tokens."""
+    """The bounded buffer of one stream, and its tokens.
 
-    __slots__ = ("_lost", "_volatile", "finished", "joined", "subscriptions")
+    :param cursor_event: send cursors as events, for a client that ignores an id without data.
+    """
+
+    __slots__ = ("_cursor_event", "_lost", "_volatile", "finished", "joined", "subscriptions")
 
     def __init__(
-        self, *, buffer_bytes: int, keepalive_seconds: float | None, joined: bool = False
+        self,
+        *,
+        buffer_bytes: int,
+        keepalive_seconds: float | None,
+        joined: bool = False,
+        cursor_event: bool = False,
     ) -> None:
         super().__init__(buffer_bytes, keepalive_seconds)
+        self._cursor_event = cursor_event
         self.joined = joined
         """Does one cursor stand for several tokens?"""
         self.subscriptions: list[Subscription] = []
@@ -226,6 +236,12 @@ class Subscriber(Buffer):
         subscription = Subscription(self, token, position, anew=anew, finished=finished)
         self.subscriptions.append(subscription)
         return subscription
+
+    def commit(self, cursor: str) -> bytes:
+        """Encode what makes a cursor the listener's last event id."""
+        if self._cursor_event:
+            return encode_event(CURSOR, cursor.encode(), cursor)
+        return encode_id(cursor)
 
     # For the feeds
 

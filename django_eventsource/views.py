@@ -78,6 +78,9 @@ class EventSourceView(View):
     """Answer 423 to a second listener of a token."""
     require_listener: bool = False
     """Answer 404 to a POST to a token that nobody listens to."""
+    cursor_event: bool = False
+    """Send cursors as events of the action ``cursor``, for clients that ignore an id without
+    data."""
 
     http_method_names = [method.lower() for method in METHODS]
 
@@ -240,6 +243,7 @@ class EventSourceView(View):
             keepalive_seconds=self.get_keepalive_seconds(),
             others=positions,
             state=state,
+            cursor_event=self.cursor_event,
         )
         limit = watch.admit(stream, listener)
         if limit is not None:

@@ -42,6 +42,10 @@ class ListensForReset(StringEvent):
     LISTEN = "reset"
 
 
+class WithCursor(StringEvent):
+    ACTIONS = ["cursor", "ping"]
+
+
 class WithSlash(StringEvent):
     ACTIONS = ["ping/pong"]
 
@@ -317,6 +321,7 @@ def test_usable_event_class(cls):
     [
         (WithReset, "lists the action 'reset', which is reserved"),
         (ListensForReset, "lists the action 'reset', which is reserved"),
+        (WithCursor, "lists the action 'cursor', which is reserved"),
         (WithSlash, f"{NAMES}['ping/pong']."),
         (WithLineEnd, f"{NAMES}['a\\nb']."),
         (ListensToSlash, "LISTEN must be an action name, not 'a/b'."),

@@ -320,6 +320,13 @@ def test_a_reset_names_its_token() -> None:
     assert pair.subscriber.take() == f"id: {cursor(60, 21)}\n\n".encode()
 
 
+def test_a_listener_that_needs_events_is_moved_by_an_event() -> None:
+    """A cursor that it would ignore is of no use to it later in the stream either."""
+    subscriber = Single(10, buffer_bytes=1000, keepalive_seconds=None, cursor_event=True)
+    subscriber.only.move(20)
+    assert subscriber.take() == b"id: 20\nevent: cursor\ndata: 20\n\n"
+
+
 def test_a_loss_of_live_only_events_is_of_all_tokens() -> None:
     """Whose they were is not known: no token is named, and no place is moved."""
     pair = Pair(size=100)

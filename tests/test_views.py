@@ -117,6 +117,12 @@ urlpatterns = [
         "live/<action>/<token>",
         EventSourceView.as_view(event_class=StringEvent, keepalive_seconds=None),
     ),
+    path("cursor/<action>/<token>", EventSourceView.as_view(cursor_event=True)),
+    path("begun/<action>/<token>", Stateful.as_view(cursor_event=True)),
+    path(
+        "livecursor/<action>/<token>",
+        EventSourceView.as_view(event_class=StringEvent, cursor_event=True),
+    ),
     path("both/<action>/<token>", EventSourceView.as_view(event_class=ListenAndSend)),
     path("reasoned/<action>/<token>", EventSourceView.as_view(policy=Reasoned)),
     path("never/<action>/<token>", EventSourceView.as_view(policy=Never)),
@@ -191,6 +197,46 @@ async def test_get_resumes_after_the_last_event_id(client: AsyncClient) -> None:
     ]:
         body = await start(await client.get(url, headers=headers), 2)
         assert [event.data for event in Decoder().feed(body)] == ["c"]
+
+
+async def test_the_opening_cursor_is_an_event_where_the_view_says_so(client: AsyncClient) -> None:
+    """The data is the id."""
+    (entry,) = add(get_history(), "a")
+    expected = f"id: {entry.seq}\nevent: cursor\ndata: {entry.seq}\n\n"
+    assert await start(await client.get("/cursor/poll/t")) == expected.encode()
+    resumed = await client.get("/cursor/poll/t", headers={"Last-Event-ID": str(entry.seq)})
+    assert await start(resumed) == expected.encode()
+
+
+@pytest.mark.parametrize("url", ["/cursor/poll/t", "/cursor/poll/t?token=u", "/begun/poll/t"])
+async def test_a_client_that_ignores_an_id_without_data_loses_nothing_with_a_cursor_event(
+    client: AsyncClient, url: str
+) -> None:
+    """It was cut off before its first event."""
+    add(get_history(), "before")
+    opening = Decoder().feed(await start(await client.get(url)))
+    assert opening[-1].event == "cursor"
+    add(get_history(), "missed")
+    response = await client.get(url, headers={"Last-Event-ID": opening[-1].id})
+    events = Decoder().feed(await start(response, 2))
+    assert [(event.event, event.data) for event in events if event.event != "cursor"] == [
+        ("ping", "missed")
+    ]
+
+
+async def test_a_reset_with_a_cursor_takes_the_place_of_the_cursor_event(
+    client: AsyncClient,
+) -> None:
+    """It is an event that commits the cursor already."""
+    add(get_history(), "a")
+    (event,) = Decoder().feed(await start(await client.get("/cursor/poll/t?last_event_id=1")))
+    assert event.event == "reset"
+    assert event.id == json.loads(event.data)["resume"]
+
+
+async def test_a_live_only_url_has_no_cursor_event(client: AsyncClient) -> None:
+    """Its listeners do not come back with an id."""
+    assert await start(await client.get("/livecursor/poll/t")) == b": open\n"
 
 
 @pytest.mark.parametrize(
