@@ -40,6 +40,8 @@ SETTING_IDS = {
     "max_streams_per_address": "eventsource.E020",
     "send_rate": "eventsource.E021",
     "coalesce_seconds": "eventsource.E022",
+    "login_rate": "eventsource.E023",
+    "retry_range_ms": "eventsource.E024",
 }
 """The check id of each setting. Projects list ids in ``SILENCED_SYSTEM_CHECKS``, so an id never
 changes: a new setting takes the next free number."""
