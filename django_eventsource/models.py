@@ -20,6 +20,11 @@ FLOOR_KEY = ""
 """The key of the row that keeps the floor: the highest number of any forgotten token."""
 
 
+def shorten(text: str, chars: int = 40) -> str:
+    """Return the beginning of a text: for a title, unless more characters are allowed."""
+    return Truncator(text).chars(chars)
+
+
 class TokenHead(models.Model):
     """One token with a history. The row's lock orders the token's publishers."""
 
@@ -38,7 +43,7 @@ class TokenHead(models.Model):
         verbose_name_plural = _("tokens")
 
     def __str__(self) -> str:
-        return self.token
+        return shorten(self.token)
 
 
 class EventFields(models.Model):
@@ -59,14 +64,20 @@ class EventFields(models.Model):
 
     def excerpt(self) -> str:
         """Give the beginning of the data, on one line."""
-        return Truncator(" ".join(self.text().split())).chars(80)
+        return shorten(" ".join(self.text().split()), 80)
 
 
 class StoredEvent(EventFields):
     """A durable event in its place in its token's history."""
 
     # The head's row is deleted only after its events; the database checks it.
-    head = models.ForeignKey(TokenHead, models.DO_NOTHING, related_name="events", db_index=False)
+    head = models.ForeignKey(
+        TokenHead,
+        models.DO_NOTHING,
+        related_name="events",
+        db_index=False,
+        verbose_name=_("token"),
+    )
     seq = models.BigIntegerField(_("sequence number"))
     size = models.PositiveIntegerField(_("bytes"))
     ref = models.UUIDField(null=True, editable=False)
@@ -88,7 +99,7 @@ class StoredEvent(EventFields):
         ]
 
     def __str__(self) -> str:
-        return f"{self.action} {self.event_id or self.seq}"
+        return shorten(f"{self.action} {self.event_id or self.seq}")
 
 
 class PendingEvent(EventFields):
@@ -104,7 +115,7 @@ class PendingEvent(EventFields):
         verbose_name_plural = _("pending events")
 
     def __str__(self) -> str:
-        return f"{self.action} (pending)"
+        return f"{shorten(self.action)} (pending)"
 
 
 class ProcessLease(models.Model):
@@ -121,7 +132,7 @@ class ProcessLease(models.Model):
         verbose_name_plural = _("processes")
 
     def __str__(self) -> str:
-        return self.process
+        return shorten(self.process)
 
 
 class TokenPresence(models.Model):
@@ -129,7 +140,11 @@ class TokenPresence(models.Model):
 
     # The lease's row is deleted only after these; the database checks it.
     lease = models.ForeignKey(
-        ProcessLease, models.DO_NOTHING, related_name="tokens", db_index=False
+        ProcessLease,
+        models.DO_NOTHING,
+        related_name="tokens",
+        db_index=False,
+        verbose_name=_("process"),
     )
     key = models.CharField(max_length=32, db_index=True, editable=False)
     token = models.CharField(_("token"), max_length=255)
@@ -146,7 +161,7 @@ class TokenPresence(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.token} ({self.listeners})"
+        return f"{shorten(self.token)} ({self.listeners})"
 
 
 def set_floor(using: str, **kwargs: Any) -> None:

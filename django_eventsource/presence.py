@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import uuid
 from dataclasses import dataclass
 
 from asgiref.sync import sync_to_async
@@ -20,6 +23,17 @@ class Listeners:
     """How many streams are open."""
     users: tuple[str, ...]
     """The ids of the users among them, each once, sorted."""
+
+
+def process_name() -> str:
+    """Return a name that no other event loop has, or had, with the host and the process id."""
+    return f"{socket.gethostname()[:200]}:{os.getpid()}:{uuid.uuid4().hex}"
+
+
+def host_and_pid(name: str) -> tuple[str, str]:
+    """Return what a process name contains; the host is the whole name if it is of another form."""
+    host, *rest = name.rsplit(":", 2)
+    return (host, rest[0]) if len(rest) == 2 else (name, "")
 
 
 def listeners(token: str) -> Listeners:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections import deque
 from typing import cast
 
@@ -25,7 +24,7 @@ from .frames import Decoder
 from .history import get_history
 from .hub import Hub, get_hub
 from .listeners import Limit, Listener, registry
-from .presence import is_listened
+from .presence import is_listened, process_name
 from .shutdown import install
 from .signals import stream_closed
 from .streams import COME_BACK_MS, EventStream, Reason, jittered_ms, leave_thread
@@ -59,7 +58,7 @@ class Watch:
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
-        self.process = uuid.uuid4().hex
+        self.process = process_name()
         """What the lease of this loop's listeners is held under."""
         self._changed: set[str] = set()
         self._at_once = asyncio.Semaphore(RECHECKS_AT_ONCE)

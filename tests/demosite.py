@@ -85,9 +85,10 @@ class DemoSite:
 
     def publish(self, token: str, action: str, *values: str) -> None:
         """Publish events, one for each value, in another process."""
+        self.run(PUBLISH, token, action, *values)
+
+    def run(self, code: str, *args: str) -> None:
+        """Run code with the site's settings, in another process."""
         subprocess.run(
-            [sys.executable, "-c", PUBLISH, token, action, *values],
-            env=self.env,
-            check=True,
-            timeout=DEADLINE,
+            [sys.executable, "-c", code, *args], env=self.env, check=True, timeout=DEADLINE
         )

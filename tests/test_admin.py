@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from datetime import timedelta
 from uuid import uuid4
 
 import pytest
 from django.contrib import admin
 from django.urls import reverse
 from django.utils import timezone
+from django.utils.html import strip_tags
 
+from django_eventsource.admin import cell
 from django_eventsource.models import (
     FLOOR_KEY,
     PendingEvent,
@@ -116,6 +120,108 @@ def test_filter_by_action_and_kind(admin_client, rows):
     page = admin_url("storedevent", "changelist")
     for query, count in [({"action": "ping"}, 4), ({"kind": "finish"}, 0)]:
         assert admin_client.get(page, query).context["cl"].result_count == count
+
+
+@pytest.fixture
+def processes(db):
+    """Two processes with listeners of one token; the second one has died."""
+    for number, seconds in [(1, 60), (2, -60)]:
+        lease = ProcessLease.objects.create(
+            key=f"p{number}",
+            process=f"web-{number}.example.com:{number}234:{uuid4().hex}",
+            until=timezone.now() + timedelta(seconds=seconds),
+        )
+        TokenPresence.objects.create(lease=lease, key="k", token="t", listeners=7, identities="{}")
+
+
+def columns(client, model):
+    """Give the titles and the rows of a list, as text and as the names of icons."""
+    page = client.get(admin_url(model, "changelist")).content.decode()
+    table = page[page.index('id="result_list"') :].replace("<wbr>", "")
+    table = re.sub(r'<img src="[^"]*icon-(\w+)\.svg"[^>]*>', r"\1", table)
+    rows = [re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL) for row in table.split("<tr>")]
+    found = [[strip_tags(item).strip() for item in row] for row in rows if row]
+    return found[0], found[1:]
+
+
+def test_processes_are_shown_by_host_and_pid(admin_client, processes):
+    """A process is named as an operator finds it, and a dead one is marked."""
+    titles, rows = columns(admin_client, "processlease")
+    assert titles == ["Host", "Process id", "Alive", "Valid until"]
+    assert sorted(row[:3] for row in rows) == [
+        ["web-1.example.com", "1234", "yes"],
+        ["web-2.example.com", "2234", "no"],
+    ]
+
+
+def test_listeners_of_a_dead_process_are_not_counted(admin_client, processes):
+    """They are shown with the process that had them, and as none."""
+    titles, rows = columns(admin_client, "tokenpresence")
+    assert titles == ["Token", "Host", "Process id", "Alive", "Listeners"]
+    assert sorted(rows) == [
+        ["t", "web-1.example.com", "1234", "yes", "7"],
+        ["t", "web-2.example.com", "2234", "no", "0"],
+    ]
+    dead = TokenPresence.objects.get(lease__key="p2")
+    page = admin_client.get(admin_url("tokenpresence", "change", dead.pk)).content.decode()
+    assert "web-2.example.com" in page.replace("<wbr>", "")
+    assert "icon-no.svg" in page
+
+
+def test_no_internal_words_in_the_lists(admin_client, rows):
+    """Titles are the terms of the README."""
+    titles = {name: columns(admin_client, name)[0] for name in MODELS}
+    assert titles["tokenhead"] == [
+        "Token",
+        "Last sequence number",
+        "Events kept",
+        "Size",
+        "Closed",
+        "Last published",
+    ]
+    assert titles["storedevent"] == ["Sequence number", "Token", "Action", "Data", "Published"]
+    assert titles["pendingevent"] == ["Token", "Action", "Data", "Published"]
+    for name, model in MODELS.items():
+        page = admin_client.get(admin_url(name, "change", model.objects.last().pk))
+        assert not re.search(r"\b(head|lease)\b", strip_tags(page.content.decode()), re.I)
+
+
+def test_each_column_sorts(admin_client, rows, processes):
+    """A title that is a link orders the list by that column."""
+    for name in MODELS:
+        for column in range(1, 7):
+            response = admin_client.get(admin_url(name, "changelist"), {"o": column})
+            assert response.status_code == 200
+
+
+def test_the_state_of_a_token(admin_client, rows):
+    """How many events are kept, their size, and whether the newest one is a close."""
+    TokenHead.objects.filter(token="42:<42>").update(kept=3, size=2048)
+    (row,) = columns(admin_client, "tokenhead")[1]
+    assert row[1:5] == ["4", "2", "2.0\xa0KB", "yes"]
+    TokenHead.objects.filter(token="42:<42>").update(last=5)
+    (row,) = columns(admin_client, "tokenhead")[1]
+    assert row[1:5] == ["5", "3", "2.0\xa0KB", "no"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", ""),
+        ("web-1.example.com", "web-1.exampl|e.com"),
+        ("twelve chars", "twelve chars"),
+        (
+            "a few words, " + "x" * 30 + " and more",
+            f"a few words, |{'x' * 12}|{'x' * 12}|xxxxxx and more",
+        ),
+        ("a\n" + "y" * 14 + "\u2028<" + "z" * 12, f"a\n|{'y' * 12}|yy\u2028|&lt;{'z' * 11}|z"),
+        ("x" * 255, "|".join(["x" * 12] * 4 + ["x" * 11 + "…"])),
+    ],
+    ids=["empty", "host", "short", "words", "lines", "long"],
+)
+def test_long_words_may_be_broken(text, shown):
+    """No character is lost before the end, and words that fit stay whole."""
+    assert cell(text) == shown.replace("|", "<wbr>")
 
 
 @each_model

@@ -347,3 +347,62 @@ def refuse(page: Page, status: int, body: str) -> None:
         f"**/events/poll/{TOKEN}*",
         lambda route: route.fulfill(status=status, content_type=content_type, body=body),
     )
+
+
+# The admin
+
+ROWS = """
+import django
+django.setup()
+from datetime import timedelta
+from uuid import uuid4
+from django.contrib.auth.models import User
+from django.utils import timezone
+from django_eventsource import publish
+from django_eventsource.models import *
+User.objects.create_superuser("admin", "", "admin")
+now = timezone.now()
+for token in ("42:42:42:42:42:42", "t" * 255, "a room with a name of many words"):
+    publish(token, "ping", "W" * 500)
+head = TokenHead.objects.get(token="t" * 255)
+fields = {"action": "A" * 255, "data": b"W" * 500, "event_id": "I" * 255, "kind": "event"}
+StoredEvent.objects.create(head=head, seq=head.last + 1, size=500, created=now, **fields)
+PendingEvent.objects.create(key="k", token="t" * 255, created=now, ref=uuid4(), **fields)
+for host, seconds in (("web-1.example.com", 9000), ("h" * 200, 9000), ("web-2", -9000)):
+    lease = ProcessLease.objects.create(
+        key=host[:32], process=f"{host}:1234:{uuid4().hex}", until=now + timedelta(seconds=seconds)
+    )
+    TokenPresence.objects.create(
+        lease=lease, key="k", token="t" * 255, listeners=3, identities="{}"
+    )
+"""
+WIDTHS = """() => {
+    const page = document.documentElement, box = document.querySelector("#changelist-form");
+    const table = document.querySelector("#result_list");
+    return {page: page.scrollWidth - page.clientWidth, table: table.offsetWidth - box.offsetWidth};
+}"""
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_no_list_of_the_admin_is_wider_than_the_page(
+    browser: BrowserContext, tmp_path_factory: pytest.TempPathFactory, width: int
+) -> None:
+    """Whatever is stored. On a phone the table scrolls inside of the page, as Django's do."""
+    site = DemoSite(tmp_path_factory.mktemp("admin"))
+    site.start()
+    try:
+        site.run(ROWS)
+        page = browser.new_page()
+        page.set_viewport_size({"width": width, "height": 800})
+        page.goto(f"{site.url}admin/login/?next=/admin/")
+        page.fill("#id_username", "admin")
+        page.fill("#id_password", "admin")
+        page.click("[type=submit]")
+        for model in ("tokenhead", "storedevent", "pendingevent", "processlease", "tokenpresence"):
+            page.goto(f"{site.url}admin/django_eventsource/{model}/")
+            over = page.evaluate(WIDTHS)
+            assert over["page"] == 0, model
+            assert over["table"] <= 0 or width < 1024, (model, over)
+        page.close()
+    finally:
+        site.kill()

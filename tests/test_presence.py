@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +19,13 @@ from django.urls import include, path
 from django_eventsource.exceptions import InvalidToken
 from django_eventsource.history import get_history
 from django_eventsource.listeners import registry
-from django_eventsource.presence import Listeners, alisteners, listeners
+from django_eventsource.presence import (
+    Listeners,
+    alisteners,
+    host_and_pid,
+    listeners,
+    process_name,
+)
 from django_eventsource.views import EventSourceView
 from tests.listeners import Connection
 from tests.processes import Server, serve
@@ -251,3 +259,32 @@ async def test_an_exclusive_listener_is_told_of_at_once() -> None:
         await until(count_is("t", 1))
         stream.close()
         await until(count_is("t", 0))
+
+
+def test_a_process_name_contains_host_and_pid() -> None:
+    """An operator finds the process by it, and no two event loops have the same."""
+    names = {process_name() for _ in range(100)}
+    assert len(names) == 100
+    assert {host_and_pid(name) for name in names} == {(socket.gethostname(), str(os.getpid()))}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("::1:5:abc", ("::1", "5")),
+        ("other", ("other", "")),
+        ("other:5", ("other:5", "")),
+        ("", ("", "")),
+    ],
+)
+def test_host_and_pid_of_any_name(name: str, expected: tuple[str, str]) -> None:
+    """Colons in the host do no harm; a name of another form is shown whole."""
+    assert host_and_pid(name) == expected
+
+
+def test_a_long_host_name_fits_into_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cut off is the host, and not what makes the name unique."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "h" * 300)
+    name = process_name()
+    assert len(name) <= 255
+    assert host_and_pid(name) == ("h" * 200, str(os.getpid()))
