@@ -13,6 +13,7 @@ itself, and are disconnected after ``EVENTSOURCE_STREAM_STALL_SECONDS``.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 from .backpressure import Producer, cut, emptied, find_transport, hold_back, unsent
 from .responses import Slot
 from .streams import EventStream, Reason
+
+logger = logging.getLogger("django_eventsource.asgi")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -51,25 +54,47 @@ class Handover:
             await self.application(scope, receive, send)
             return
         slot = Slot(scope)
-        gone = False
-
-        async def receive_head() -> Message:
-            # Django listens for a disconnect until it has finished; a server says it once.
-            nonlocal gone
-            message = await receive()
-            gone = gone or message["type"] == "http.disconnect"
-            return message
+        receiver = Receiver(receive)
 
         async def send_head(message: Message) -> None:
             # Django ends the body that it believes to be empty.
             if slot.stream is None or message["type"] != "http.response.body":
                 await send(message)
 
-        await self.application({**scope, Slot.KEY: slot}, receive_head, send_head)
-        if slot.stream is not None and gone:
-            await slot.stream.aclose()
-        elif slot.stream is not None:
-            await serve(slot.stream, receive, send)
+        try:
+            await self.application({**scope, Slot.KEY: slot}, receiver, send_head)
+            if slot.stream is not None:
+                await serve(slot.stream, receiver, send)
+        finally:
+            receiver.close()
+            if slot.stream is not None:
+                await slot.stream.aclose()
+
+
+class Receiver:
+    """A server's ``receive``, whose pending call outlives the cancellation of its caller.
+
+    Django cancels its call when it has sent the response. After that, gunicorn's ASGI worker
+    (27.0) reports a disconnect that did not happen. The next caller takes over the pending call.
+    A disconnect is returned to every later caller, because servers report it once.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._pending: asyncio.Future[Message] | None = None
+
+    async def __call__(self) -> Message:
+        if self._pending is None:
+            self._pending = asyncio.ensure_future(self._receive())
+        message = await asyncio.shield(self._pending)
+        if message["type"] != "http.disconnect":
+            self._pending = None
+        return message
+
+    def close(self) -> None:
+        """Cancel the pending call, when the response has ended."""
+        if self._pending is not None:
+            self._pending.cancel()
 
 
 async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
@@ -133,7 +158,16 @@ async def _send_all(
 
 
 async def _until_gone(stream: EventStream, receive: Receive) -> None:
-    """Wait until the listener hangs up, then end its stream."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    stream.abort(Reason.LEFT)
+    """Wait until the listener disconnects, then end its stream."""
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except Exception:
+        logger.exception(
+            "The server's receive() failed, so a disconnect cannot be detected. "
+            "The stream of token %r is ended.",
+            stream.token,
+        )
+        stream.end(Reason.FAILED)
+    else:
+        stream.abort(Reason.LEFT)

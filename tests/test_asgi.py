@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -464,7 +463,7 @@ async def test_an_exception_passes() -> None:
 
 
 async def test_an_exception_after_a_stream_was_left() -> None:
-    """The stream is not served, and nothing of it remains."""
+    """The stream is not served and not counted, also while the exception is kept."""
     leave = leaves(stream_of())
 
     async def application(scope: Message, receive: Any, send: Any) -> None:
@@ -472,8 +471,9 @@ async def test_an_exception_after_a_stream_was_left() -> None:
         raise ValueError("broken on purpose")
 
     exchange = Exchange()
-    with pytest.raises(ValueError, match="broken on purpose"):
+    with pytest.raises(ValueError, match="broken on purpose") as kept:
         await finish(exchange.run(Handover(application), "/"))
+    assert registry.count("t") == 0, kept
     assert len(exchange.sent) == 1
 
 
@@ -522,25 +522,94 @@ async def test_a_server_that_takes_no_producer(monkeypatch: pytest.MonkeyPatch) 
     assert asyncio.all_tasks() == before, "nobody listens for its end any more"
 
 
-async def test_a_server_whose_receive_fails(caplog: pytest.LogCaptureFixture) -> None:
-    """The stream goes on without; the error is not left to the garbage collector."""
-    unhandled: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda loop, info: unhandled.append(info))
-    stream = stream_of()
+@pytest.mark.parametrize("during_the_request", [False, True])
+async def test_a_stream_ends_when_receive_fails(
+    during_the_request: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its body is complete and the error is logged: a disconnect could not be detected."""
     exchange = Exchange()
+    stream = stream_of()
+    leave = leaves(stream)
+    fails = asyncio.Event()
 
     async def receive() -> Message:
+        await fails.wait()
         raise RuntimeError("no such thing")
 
-    task = asyncio.create_task(serve(stream, receive, exchange.send))
-    await exchange.until(lambda: exchange.sent)
-    stream.end(Reason.CLOSED)
-    with contextlib.suppress(RuntimeError):  # as good an answer
-        await finish(task)
-    del task
-    gc.collect()
+    async def application(scope: Message, receive: Any, send: Any) -> None:
+        await cancelled(receive)
+        if during_the_request:
+            fails.set()
+        await leave(scope, receive, send)
+
+    exchange.receive = receive  # type: ignore[method-assign]
+    task = exchange.run(Handover(application), "/")
+    await exchange.until(lambda: exchange.body)
+    fails.set()
+    await finish(task)
+    assert exchange.is_complete
+    assert stream.reason is Reason.FAILED
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("django_eventsource.asgi", "ERROR")
+    assert "receive() failed" in record.getMessage()
+    assert "no such thing" in str(record.exc_info)
+
+
+async def cancelled(receive: Any) -> None:
+    """Call ``receive`` and cancel the call, as Django does when it has sent its response."""
+    call = asyncio.ensure_future(receive())
     await asyncio.sleep(0)
-    assert unhandled == []
+    call.cancel()
+    await asyncio.wait([call])
+    assert call.cancelled()
+
+
+async def test_the_servers_receive_is_not_cancelled_before_the_stream_has_ended() -> None:
+    """A server may take a cancelled call for a disconnect: gunicorn's ASGI worker does."""
+    exchange = Exchange()
+    stream = stream_of()
+    leave = leaves(stream)
+    calls: list[str] = []
+
+    async def receive() -> Message:
+        calls.append("called")
+        try:
+            return await exchange.incoming.get()
+        except asyncio.CancelledError:
+            calls.append("cancelled")
+            raise
+
+    async def application(scope: Message, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "http.request"
+        await cancelled(receive)
+        await leave(scope, receive, send)
+
+    task = asyncio.create_task(Handover(application)(scope_of("/"), receive, exchange.send))
+    exchange.incoming.put_nowait({"type": "http.request", "body": b"", "more_body": False})
+    await exchange.until(lambda: exchange.body)
+    assert calls == ["called", "called"]
+    stream.end(Reason.CLOSED)
+    await finish(task)
+    await asyncio.sleep(0)
+    assert exchange.is_complete
+    assert calls == ["called", "called", "cancelled"]
+
+
+async def test_a_message_that_came_for_a_cancelled_call_is_not_lost() -> None:
+    """The next call returns it."""
+    exchange = Exchange()
+    stream = stream_of()
+    leave = leaves(stream)
+
+    async def application(scope: Message, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "http.request"
+        await cancelled(receive)
+        exchange.hang_up()
+        await asyncio.sleep(0.01)
+        await leave(scope, receive, send)
+
+    await finish(exchange.run(Handover(application), "/"))
+    assert stream.reason is Reason.LEFT
 
 
 # Cutting a connection off
