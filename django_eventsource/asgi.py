@@ -18,8 +18,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from typing import Any
 
-from .backpressure import Producer, cut, emptied, find_transport, hold_back, unsent
+from .backpressure import Producer, cut, emptied, find_shutdown, find_transport, hold_back, unsent
 from .responses import Slot
+from .shutdown import shutdown
 from .streams import EventStream, Reason
 
 logger = logging.getLogger("django_eventsource.asgi")
@@ -117,6 +118,7 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
         producer = hold_back(send)
         transport = find_transport(send)
         stream.unsent = partial(unsent, transport)
+        shutdown.follow(find_shutdown(send))
         await _send_all(stream, send, producer, PIECE_BYTES if transport is None else None)
         if stream.reason is not Reason.LEFT:
             stream.progress(begin=True)

@@ -1,6 +1,7 @@
-"""What ASGI does not offer: waiting for a slow reader on Daphne, and cutting a connection.
+"""What ASGI does not offer: waiting for a slow reader on Daphne, cutting a connection, and
+detecting that the server shuts down.
 
-Both need the server's own objects, found through the ``send`` that it gives. A server that
+All need the server's own objects, found through the ``send`` that it gives. A server that
 is not known is left to what ASGI says: its ``send`` waits, and ends with the response.
 """
 
@@ -10,7 +11,8 @@ import array
 import asyncio
 import contextlib
 import functools
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 try:
@@ -84,9 +86,7 @@ def _behind(send: Any) -> Iterator[Any]:
 
 def _held_by(function: Any) -> Iterator[Any]:
     """Give what a function may call: what it is closed over, or bound to."""
-    for cell in getattr(function, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # a cell that is empty yet
-            yield cell.cell_contents
+    yield from _closed_over_by(function)
     if isinstance(function, functools.partial):
         yield from (function.func, *function.args, *function.keywords.values())
     for name in ("send", "_send"):
@@ -94,6 +94,28 @@ def _held_by(function: Any) -> Iterator[Any]:
         # A server's own send may be a method of that name.
         if getattr(other, "__func__", other) is not getattr(function, "__func__", None):
             yield other
+
+
+def _closed_over_by(function: Any) -> Iterator[Any]:
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # a cell that is empty yet
+            yield cell.cell_contents
+
+
+def _owners(function: Any) -> Iterator[Any]:
+    """Yield the objects that a function and the functions behind it work for.
+
+    That is the object of a method, and the protocol of gunicorn's ASGI worker, whose ``send``
+    is closed over it.
+    """
+    for one in _behind(function):
+        yield getattr(one, "__self__", None)
+        yield from (other for other in _closed_over_by(one) if _gunicorn_worker(other))
+
+
+def _gunicorn_worker(protocol: Any) -> Any:
+    worker = getattr(protocol, "worker", None)
+    return worker if hasattr(worker, "alive") else None
 
 
 def hold_back(send: Any) -> Producer | None:
@@ -110,15 +132,53 @@ def find_transport(send: Any) -> Any:
     request = daphne_request(send)
     if request is not None:
         return getattr(request.channel, "transport", None)
-    for function in _behind(send):
-        # uvicorn keeps the transport itself; hypercorn some objects further, each with a send.
-        one = getattr(function, "__self__", None)
-        if hasattr(one, "streams"):
+    for one in _owners(send):
+        # uvicorn and gunicorn keep the transport itself; hypercorn some objects further, each
+        # with a send.
+        if hasattr(one, "streams") or getattr(one, "_h2_tasks", None):
             return None  # HTTP/2
-        transport = getattr(getattr(one, "writer", one), "transport", None)
-        if hasattr(transport, "abort"):
-            return transport
+        for holder in (getattr(one, "writer", None), one):
+            transport = getattr(holder, "transport", None)
+            if hasattr(transport, "abort"):
+                return transport
     return None
+
+
+def find_shutdown(send: Any) -> Callable[[], bool] | None:
+    """Return a function that returns whether the server shuts down.
+
+    ``None`` where the server is not known. daphne and granian end their processes by a signal
+    only, so there is nothing to find.
+    """
+    for one in (*_owners(send), *_owners(signal.getsignal(signal.SIGTERM))):
+        for find in (_uvicorn_shutdown, _hypercorn_shutdown, _gunicorn_shutdown):
+            ends = find(one)
+            if ends is not None:
+                return ends
+    return None
+
+
+def _uvicorn_shutdown(server: Any) -> Callable[[], bool] | None:
+    """Look at a ``uvicorn.Server``, which the handler of SIGTERM belongs to.
+
+    It closes its sockets when it shuts down. At ``--limit-max-requests`` nothing else shows it
+    for every connection (0.54): ``should_exit`` stays false.
+    """
+    if not hasattr(server, "server_state") or not hasattr(server, "servers"):
+        return None
+    return lambda: not any(one.is_serving() for one in server.servers)
+
+
+def _hypercorn_shutdown(stream: Any) -> Callable[[], bool] | None:
+    """Look at a stream of hypercorn: all of a worker share its ``WorkerContext``."""
+    terminated = getattr(getattr(stream, "context", None), "terminated", None)
+    return getattr(terminated, "is_set", None)
+
+
+def _gunicorn_shutdown(protocol: Any) -> Callable[[], bool] | None:
+    """Look at a connection of gunicorn's ASGI worker."""
+    worker = _gunicorn_worker(protocol)
+    return None if worker is None else lambda: not worker.alive
 
 
 def cut(transport: Any) -> None:

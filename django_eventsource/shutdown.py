@@ -41,6 +41,7 @@ class Shutdown:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.farewell: Farewell | None = None
         """What to do after the streams have ended."""
+        self._server: tuple[asyncio.AbstractEventLoop, Callable[[], bool]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def on_signal(self, previous: Any, number: int, frame: FrameType | None) -> None:
@@ -57,13 +58,24 @@ class Shutdown:
         )
 
     def _begin(self, loop: asyncio.AbstractEventLoop, then: Any) -> None:
-        task = loop.create_task(self._end(loop))
+        task = loop.create_task(self.end(loop))
         self._tasks.add(task)  # the loop itself holds tasks only weakly
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda task: then())
-        loop.call_later(RESUME_SECONDS, self._resume)
 
-    async def _end(self, loop: asyncio.AbstractEventLoop) -> None:
+    def follow(self, server_ends: Callable[[], bool] | None) -> None:
+        """Set the function that returns whether the server of the running loop shuts down."""
+        if server_ends is not None:
+            self._server = asyncio.get_running_loop(), server_ends
+
+    def detects(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Return whether the server of a loop shuts down, as far as that can be detected."""
+        return self._server is not None and self._server[0] is loop and self._server[1]()
+
+    async def end(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the streams of a loop and give up its lease; open no new streams."""
+        self.begun = True
+        loop.call_later(RESUME_SECONDS, self._resume)
         await end_streams(loop)
         if self.farewell is not None:
             try:

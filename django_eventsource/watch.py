@@ -25,7 +25,7 @@ from .history import get_history
 from .hub import Hub, get_hub
 from .listeners import Limit, Listener, registry
 from .presence import is_listened, process_name
-from .shutdown import install
+from .shutdown import install, shutdown
 from .signals import stream_closed
 from .streams import COME_BACK_MS, EventStream, Reason, jittered_ms, leave_thread
 from .tokens import CONTROL_TOKEN
@@ -34,6 +34,8 @@ from .troubles import log_failure
 logger = logging.getLogger("django_eventsource.watch")
 
 SWEEP_SECONDS = 1.0
+FOLLOW_SECONDS = 0.2
+"""Seconds between two checks whether the server shuts down."""
 LEASE_BEATS = 3
 """After how many missed beats a process's listeners are no longer counted."""
 RECHECKS_AT_ONCE = 10
@@ -67,6 +69,7 @@ class Watch:
         self._beat_now = asyncio.Event()
         install(hub.loop, self.withdraw)
         hub.start(self._sweep_forever())
+        hub.start(self._follow_server())
         hub.start(self._beat_forever())
         hub.start(self._hear_forever())
 
@@ -125,6 +128,16 @@ class Watch:
         if due:
             # In a task of its own: a policy that hangs holds up nothing else.
             self.hub.start(self._recheck_all(due))
+
+    async def _follow_server(self) -> None:
+        """End the streams when the server shuts down and the application receives no signal.
+
+        That is so when a worker is recycled, and in hypercorn's worker processes.
+        """
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            if not shutdown.begun and shutdown.detects(self.hub.loop):
+                await shutdown.end(self.hub.loop)
 
     async def _recheck_all(self, due: list[tuple[EventStream, Listener]]) -> None:
         queue = deque(due)

@@ -47,6 +47,44 @@ class Connection:
         self.writer.transport.abort()
 
 
+class HTTP11:
+    """One open stream over HTTP/1.1, whose body has an end that can be seen."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def open(cls, address: tuple[str, int], path: str) -> HTTP11:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        async with asyncio.timeout(DEADLINE):
+            head = await reader.readuntil(b"\r\n\r\n")
+        assert head.split()[1] == b"200"
+        assert b"transfer-encoding: chunked" in head.lower()
+        return cls(reader, writer)
+
+    async def rest(self) -> bytes:
+        """Read all chunks, up to the last one, which is empty."""
+        body = b""
+        async with asyncio.timeout(DEADLINE):
+            while size := int(await self.reader.readline(), 16):
+                body += await self.reader.readexactly(size)
+                assert await self.reader.readline() == b"\r\n"
+            assert await self.reader.readline() == b"\r\n"
+        return body
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+
+def comes_back_ms(body: bytes) -> int:
+    """The reconnection time that a body ends with."""
+    field, _, value = body.rstrip(b"\n").rpartition(b"\n")[2].partition(b": ")
+    assert (field, body[-2:]) == (b"retry", b"\n\n")
+    return int(value)
+
+
 class Listener:
     """Listens to one path, and comes back with its last event id until it has enough."""
 

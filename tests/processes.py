@@ -93,6 +93,7 @@ class Server:
             "daphne": ["daphne", "-v", "0", "--fd", fd],
             "uvicorn": ["uvicorn", "--log-level", "warning", "--fd", fd],
             "hypercorn": ["hypercorn", "-w", "0", "--bind", f"fd://{fd}", "--log-level", "ERROR"],
+            "gunicorn": ["gunicorn", "-k", "asgi", "--bind", f"fd://{fd}", "--log-level", "error"],
             "granian": [
                 *["granian", "--interface", "asginl", "--port", port, "--log-level", "error"],
                 *["--backpressure", "10000"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+import uvicorn
+from gunicorn.asgi.protocol import ASGIProtocol
 from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
@@ -24,19 +28,21 @@ from django_eventsource.backpressure import (
     cut,
     daphne_request,
     emptied,
+    find_shutdown,
     find_transport,
     unsent,
 )
 from django_eventsource.frames import Decoder
 from django_eventsource.policies import AllowAny
 from django_eventsource.publishing import apublish
+from django_eventsource.shutdown import shutdown
 from django_eventsource.signals import stream_closed
 from tests.listeners import Connection
 from tests.processes import DEADLINE, Server
 
 SECONDS = 10
-SERVERS = ["daphne", "uvicorn", "hypercorn", "granian"]
-CUTTING = ["daphne", "uvicorn", "hypercorn"]
+SERVERS = ["daphne", "uvicorn", "hypercorn", "gunicorn", "granian"]
+CUTTING = ["daphne", "uvicorn", "hypercorn", "gunicorn"]
 """Those whose connections can be cut."""
 
 
@@ -147,6 +153,26 @@ def hypercorn_send(protocol: Any, transport: Transport) -> Any:
     return stream.app_send
 
 
+class Worker:
+    """A worker of gunicorn."""
+
+    alive = True
+
+
+def gunicorn_send(transport: Transport, *, http2: bool = False) -> Any:
+    """Return the send of a request, closed over the protocol of gunicorn's ASGI worker."""
+    protocol = ASGIProtocol.__new__(ASGIProtocol)
+    protocol.worker = Worker()
+    protocol.transport = protocol.writer = transport
+    protocol._h2_tasks = {"a request"} if http2 else set()
+
+    async def send(message: object) -> None:
+        if protocol._closed:
+            return
+
+    return send
+
+
 def uvicorn_send(transport: Transport) -> Any:
     cycle = RequestResponseCycle.__new__(RequestResponseCycle)
     cycle.transport = transport  # type: ignore[assignment]
@@ -161,6 +187,7 @@ def test_the_connection_is_found(server: str) -> None:
         "daphne": functools.partial(reply, Request(Channel(transport))),
         "uvicorn": uvicorn_send(transport),
         "hypercorn": hypercorn_send(H11Protocol, transport),
+        "gunicorn": gunicorn_send(transport),
     }
     cut(find_transport(sends[server]))
     assert transport.aborts == 1
@@ -169,6 +196,7 @@ def test_the_connection_is_found(server: str) -> None:
 def test_a_connection_that_carries_other_requests_is_not_cut() -> None:
     """HTTP/2: one reader that stalls must not end the others' requests."""
     assert find_transport(hypercorn_send(H2Protocol, Transport())) is None
+    assert find_transport(gunicorn_send(Transport(), http2=True)) is None
 
 
 @pytest.mark.parametrize("channel", [None, Channel(None), object()])
@@ -280,6 +308,7 @@ def test_middleware_around_the_connection(server: str) -> None:
         "daphne": functools.partial(reply, Request(Channel(transport))),
         "uvicorn": uvicorn_send(transport),
         "hypercorn": hypercorn_send(H11Protocol, transport),
+        "gunicorn": gunicorn_send(transport),
     }[server]
 
     def middleware(inner: Any) -> Any:
@@ -357,6 +386,56 @@ def test_a_send_of_an_unknown_server(send: object) -> None:
     """Nothing is found, and nothing breaks."""
     assert daphne_request(send) is None
     assert find_transport(send) is None
+    assert find_shutdown(send) is None
+
+
+# The server's shutdown
+
+
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    """Restore the handler of SIGTERM."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.usefixtures("sigterm")
+@pytest.mark.parametrize("taken", [False, True])
+async def test_uvicorn_shuts_down_when_its_sockets_are_closed(taken: bool) -> None:
+    """The server is found behind the handler of SIGTERM, also when the signal is taken."""
+    server = uvicorn.Server(uvicorn.Config(unknown))
+    server.servers = [await asyncio.start_server(unknown, "127.0.0.1", 0)]
+    handler: Any = server.handle_exit
+    signal.signal(
+        signal.SIGTERM, functools.partial(shutdown.on_signal, handler) if taken else handler
+    )
+    ends = find_shutdown(uvicorn_send(Transport()))
+    assert ends is not None
+    assert not ends()
+    assert not server.should_exit
+    server.servers[0].close()
+    assert ends()
+
+
+async def test_hypercorn_shuts_down_when_its_worker_context_is_terminated() -> None:
+    """All streams of a worker share the context."""
+    send = hypercorn_send(H11Protocol, Transport())
+    context = send.__self__.context = WorkerContext(None)
+    ends = find_shutdown(send)
+    assert ends is not None
+    assert not ends()
+    await context.terminated.set()
+    assert ends()
+
+
+def test_gunicorn_shuts_down_when_its_worker_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All connections of a worker share it."""
+    ends = find_shutdown(gunicorn_send(Transport()))
+    assert ends is not None
+    assert not ends()
+    monkeypatch.setattr(Worker, "alive", False)
+    assert ends()
 
 
 # Real servers

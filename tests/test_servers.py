@@ -25,7 +25,7 @@ from django_eventsource import publish
 from django_eventsource.frames import Decoder
 from django_eventsource.history import get_history
 from django_eventsource.publishing import apublish
-from tests.listeners import Connection, Listener
+from tests.listeners import HTTP11, Connection, Listener, comes_back_ms
 from tests.processes import DEADLINE, POSTGRES, ROOT, Server, environment, serve
 
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
@@ -188,13 +188,6 @@ async def rest_of(connection: Connection) -> bytes:
     return body
 
 
-def comes_back_ms(body: bytes) -> int:
-    """The reconnection time that a body ends with."""
-    field, _, value = body.rstrip(b"\n").rpartition(b"\n")[2].partition(b": ")
-    assert (field, body[-2:]) == (b"retry", b"\n\n")
-    return int(value)
-
-
 async def leave(server: Server, how: signal.Signals) -> tuple[int, float]:
     """Send a signal, and give the exit status and the time that it took."""
     assert server.process is not None
@@ -232,37 +225,6 @@ async def test_a_server_leaves_well_with_open_streams(kind: str, how: signal.Sig
         for stream in streams:
             stream.close()
         whole.close()
-
-
-class HTTP11:
-    """One open stream over HTTP/1.1, whose body has an end that can be seen."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    @classmethod
-    async def open(cls, address: tuple[str, int], path: str) -> HTTP11:
-        reader, writer = await asyncio.open_connection(*address)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        async with asyncio.timeout(DEADLINE):
-            head = await reader.readuntil(b"\r\n\r\n")
-        assert head.split()[1] == b"200"
-        assert b"transfer-encoding: chunked" in head.lower()
-        return cls(reader, writer)
-
-    async def rest(self) -> bytes:
-        """Read all chunks, up to the last one, which is empty."""
-        body = b""
-        async with asyncio.timeout(DEADLINE):
-            while size := int(await self.reader.readline(), 16):
-                body += await self.reader.readexactly(size)
-                assert await self.reader.readline() == b"\r\n"
-            assert await self.reader.readline() == b"\r\n"
-        return body
-
-    def close(self) -> None:
-        self.writer.transport.abort()
 
 
 # granian waits for a reader that takes nothing, and nobody can cut it: the README says so.

@@ -85,6 +85,9 @@ urlpatterns = [
 def quick(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Look often, and begin with nobody listening."""
     monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(module, "FOLLOW_SECONDS", 0.02)
+    monkeypatch.setattr(shutdown, "begun", False)
+    monkeypatch.setattr(shutdown, "_server", None)
     monkeypatch.setattr(Moody, "asked", [])
     monkeypatch.setattr(Moody, "answers", {})
     settings.ROOT_URLCONF = __name__
@@ -241,6 +244,43 @@ async def test_a_stream_that_is_never_served(monkeypatch: pytest.MonkeyPatch) ->
     assert registry.count("t") == 1
     assert served.reason is None
     await served.aclose()
+
+
+# The server shuts down without a signal
+
+
+@in_memory
+async def test_streams_end_when_the_server_shuts_down_without_a_signal() -> None:
+    """Each gets a reconnection time, and no new stream is opened."""
+    streams = [await open_stream(), await open_stream("other")]
+    bodies = [asyncio.create_task(read_to_end(stream)) for stream in streams]
+    ends = False
+    shutdown.follow(lambda: ends)
+    shutdown.follow(None)  # a stream whose server cannot be found changes nothing
+    await until(lambda: all(stream.is_open for stream in streams))
+    await asyncio.sleep(0.1)
+    assert [stream.reason for stream in streams] == [None, None]
+    ends = True
+    for body in bodies:
+        assert (await body).rpartition(b"retry: ")[1]
+    assert {stream.reason for stream in streams} == {Reason.SHUTDOWN}
+    response = await AsyncClient().get("/events/poll/t")
+    assert (response.streaming, response.content[:7]) == (False, b"retry: ")
+
+
+@in_memory
+async def test_the_server_of_another_event_loop_is_not_followed() -> None:
+    """Its streams belong to another thread."""
+
+    async def follow() -> None:
+        shutdown.follow(lambda: True)
+
+    await asyncio.to_thread(asyncio.run, follow())
+    stream = await open_stream()
+    await asyncio.sleep(0.1)
+    assert stream.reason is None
+    assert not shutdown.begun
+    await stream.aclose()
 
 
 # Rights that are lost
@@ -890,7 +930,7 @@ async def test_the_lease_is_given_up_at_the_end() -> None:
     await get_watch().beat()
     assert get_history().present("t") == [""]
     assert shutdown.farewell is not None
-    await shutdown._end(asyncio.get_running_loop())
+    await shutdown.end(asyncio.get_running_loop())
     assert get_history().present("t") == []
     assert stream.reason is Reason.SHUTDOWN
 
@@ -906,7 +946,7 @@ async def test_a_lease_that_cannot_be_given_up(
         raise ConnectionError("away")
 
     monkeypatch.setattr(MemoryHistory, "awithdraw", fail)
-    await shutdown._end(asyncio.get_running_loop())
+    await shutdown.end(asyncio.get_running_loop())
     assert "The lease could not be given up." in caplog.text
 
 

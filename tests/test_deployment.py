@@ -1,0 +1,206 @@
+"""Every server command of the README, as it is printed: shutdown and recycling end all streams."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.listeners import HTTP11, Connection, comes_back_ms
+from tests.processes import DEADLINE, environment
+from tests.test_readme import blocks, section
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+OPEN = {"EVENTSOURCE_POLICY": "django_eventsource.policies.AllowAny"}
+STREAMS = 20
+SECONDS = 8
+"""Seconds for a shutdown, on a busy machine too: less than any server waits for open responses."""
+MAX_REQUESTS = 30
+COMMANDS = [
+    line
+    for block in blocks("sh", section("Deployment"))
+    for line in block.splitlines()
+    if line.endswith("mysite.asgi:application")
+]
+RECYCLING = [line for line in COMMANDS if "max-requests" in line]
+
+
+class Command:
+    """A server that runs a command of the README on a free port.
+
+    :param line: the command. The port and the number of requests are replaced.
+    :param directory: the project's directory, in which the command runs.
+    """
+
+    def __init__(self, line: str, directory: Path) -> None:
+        self.address = ("127.0.0.1", free_port())
+        line = line.replace("8000", str(self.address[1]))
+        name, *options = shlex.split(line.replace(" 1000 ", f" {MAX_REQUESTS} "))
+        self.log = directory / "log"
+        with self.log.open("wb") as log:
+            self.process = psutil.Popen(
+                [Path(sys.executable).with_name(name), *options],
+                cwd=directory,
+                env=environment(**OPEN),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """The process and those that it started."""
+        return [self.process, *self.process.children(recursive=True)]
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        """The processes that have open connections."""
+        return [
+            process
+            for process in self.processes
+            if any(
+                one.status == psutil.CONN_ESTABLISHED and one.laddr.port == self.address[1]
+                for one in process.net_connections("tcp")
+            )
+        ]
+
+    async def ready(self) -> None:
+        """Wait until the server responds."""
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                try:
+                    return await self.request()
+                except OSError:
+                    assert self.process.poll() is None, self.log.read_text()
+                    await asyncio.sleep(0.05)
+
+    async def request(self) -> None:
+        """Send a request that is no stream and read the response."""
+        connection = await Connection.open(self.address, "/nowhere")
+        assert connection.status == 404
+        while await connection.read():
+            pass
+        connection.close()
+
+    def kill(self) -> None:
+        """End what still runs."""
+        if self.process.poll() is None:
+            for process in reversed(self.processes):
+                process.kill()
+            self.process.wait(DEADLINE)
+
+
+def free_port() -> int:
+    """Return a port that no process listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The directory of a project with the README's ``mysite/asgi.py``."""
+    (tmp_path / "mysite").mkdir()
+    (asgi,) = (block for block in blocks("python") if "Handover(get_asgi_application())" in block)
+    (tmp_path / "mysite" / "asgi.py").write_text(asgi)
+    return tmp_path
+
+
+@asynccontextmanager
+async def running(line: str, project: Path) -> AsyncIterator[tuple[Command, list[HTTP11]]]:
+    """Run a command and open streams."""
+    command = Command(line, project)
+    try:
+        await command.ready()
+        yield command, await open_streams(command)
+    finally:
+        command.kill()
+
+
+async def open_streams(command: Command) -> list[HTTP11]:
+    """Open streams, over HTTP/1.1."""
+    paths = (f"/events/poll/{n}" for n in range(STREAMS))
+    return await asyncio.gather(*(HTTP11.open(command.address, path) for path in paths))
+
+
+async def end_of(stream: HTTP11) -> int:
+    """Read a stream to the end of its body; return the reconnection time of its last line."""
+    try:
+        return comes_back_ms(await stream.rest())
+    finally:
+        stream.close()
+
+
+async def check_ends(streams: list[HTTP11]) -> None:
+    """Check that every stream ends with a complete body and a reconnection time."""
+    found = await asyncio.gather(*map(end_of, streams), return_exceptions=True)
+    assert [one for one in found if isinstance(one, BaseException)] == []
+    assert all(500 <= one <= 5000 for one in found if isinstance(one, int))
+
+
+async def check_sigterm(command: Command, line: str, streams: list[HTTP11]) -> None:
+    """Send SIGTERM, check that all streams and the server end in time."""
+    began = time.monotonic()
+    command.process.send_signal(signal.SIGTERM)
+    status = await asyncio.to_thread(command.process.wait, DEADLINE)
+    seconds = time.monotonic() - began
+    await check_ends(streams)
+    assert status == status_after(line), command.log.read_text()
+    assert seconds < SECONDS
+    print(f"{line}: {len(streams)} ends after SIGTERM, exit status {status}, {seconds:.1f} s")
+
+
+def status_after(line: str) -> int:
+    """Return the exit status after SIGTERM, which uvicorn sends to itself again."""
+    return -signal.SIGTERM if line.startswith("uvicorn") and "--workers" not in line else 0
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in RECYCLING])
+async def test_sigterm_ends_every_stream_of_a_documented_command(line: str, project: Path) -> None:
+    """Each body is complete, its last line is ``retry:``, and the server exits."""
+    async with running(line, project) as (command, streams):
+        await check_sigterm(command, line, streams)
+        assert "Traceback" not in command.log.read_text()
+
+
+@pytest.mark.parametrize("line", RECYCLING)
+async def test_recycling_a_worker_ends_every_stream(line: str, project: Path) -> None:
+    """Each body is complete, its last line is ``retry:``, and the worker exits with 0.
+
+    Then the same is true of the new worker and SIGTERM.
+    """
+    async with running(line, project) as (command, streams):
+        (worker,) = command.workers
+        requests = asyncio.create_task(request_often(command))
+        await check_ends(streams)
+        began = time.monotonic()
+        await asyncio.to_thread(psutil.wait_procs, [worker], DEADLINE)
+        seconds = time.monotonic() - began
+        requests.cancel()
+        await asyncio.wait([requests])
+        assert not worker.is_running()
+        assert seconds < SECONDS
+        # gunicorn's log reports any other exit status of a worker, and hypercorn exits with it.
+        assert "exited with code" not in command.log.read_text()
+        assert "was sent SIG" not in command.log.read_text()
+        print(f"{line}: {STREAMS} ends, the worker exits after {seconds:.1f} s")
+        if worker.pid == command.process.pid:
+            assert command.process.wait() == 0
+        else:
+            await check_sigterm(command, line, await open_streams(command))
+        assert "Traceback" not in command.log.read_text()
+
+
+async def request_often(command: Command) -> None:
+    """Send as many requests as a worker accepts."""
+    for _ in range(MAX_REQUESTS):
+        await command.request()
