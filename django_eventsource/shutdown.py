@@ -103,8 +103,8 @@ def install(loop: asyncio.AbstractEventLoop, farewell: Farewell | None = None) -
     shutdown.farewell = farewell
     for number in SIGNALS:
         previous = signal.getsignal(number)
-        if previous == signal.SIG_IGN:
-            continue
+        if previous is None or previous == signal.SIG_IGN:
+            continue  # None: the handler is not Python's and could not be called afterwards
         ours = isinstance(previous, partial) and previous.func == shutdown.on_signal
         if not ours:
             signal.signal(number, partial(shutdown.on_signal, previous))
@@ -123,9 +123,12 @@ async def end_streams(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def call(previous: Any, number: int, frame: FrameType | None) -> None:
-    """Do what a signal did before it was taken."""
+    """Do what a signal did before it was taken.
+
+    :param previous: the handler, or ``signal.SIG_DFL``.
+    """
     if callable(previous):
         previous(number, frame)
-    elif previous == signal.SIG_DFL:
+    else:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

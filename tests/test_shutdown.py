@@ -233,12 +233,6 @@ async def test_only_the_main_thread_takes_signals(before: list[int]) -> None:
 # What was before
 
 
-@pytest.mark.parametrize("previous", [signal.SIG_IGN, None])
-def test_nothing_was_before(previous: Any) -> None:
-    """A signal that was ignored, or that is not Python's, stays without effect."""
-    call(previous, signal.SIGTERM, None)
-
-
 def test_the_default_does_what_it_does(before: list[int]) -> None:
     """The handler is put back before the signal is sent again: here one that is ignored."""
     old = signal.signal(signal.SIGWINCH, lambda number, frame: before.append(number))
@@ -377,6 +371,17 @@ def test_a_process_without_streams_ends_as_ever() -> None:
         process.kill()
         raise
     assert process.returncode == -signal.SIGTERM
+
+
+async def test_a_handler_that_is_not_pythons_keeps_its_signal(
+    before: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could not be called from here, so the signal would have no effect."""
+    handlers = [signal.getsignal(number) for number in module.SIGNALS]
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: None)
+        install(asyncio.get_running_loop())
+    assert [signal.getsignal(number) for number in module.SIGNALS] == handlers
 
 
 async def test_a_signal_that_is_ignored_stays_so(before: list[int]) -> None:
