@@ -73,6 +73,7 @@ class EventStream(AsyncIterator[bytes]):
 
     __slots__ = (
         "__weakref__",
+        "_ending_since",
         "_failures",
         "_hub",
         "_left",
@@ -113,6 +114,7 @@ class EventStream(AsyncIterator[bytes]):
         self.unsent: Callable[[], int | None] | None = None
         """Gives the bytes that the reader has not got yet, where that is known."""
         self._left: int | None = None
+        self._ending_since: float | None = None
         self._hub: Hub | None = None
         self._failures = 0
         self._subscriber = Subscriber(
@@ -197,6 +199,17 @@ class EventStream(AsyncIterator[bytes]):
         self._left = left
         return now - self.sending_since
 
+    def ending_for(self, now: float) -> float:
+        """Return the seconds since the stream was told to end: by ``end()`` or a close.
+
+        A close does not count in the replay of a closed token. A listener that reads slowly
+        would otherwise be cut off at the same event whenever it reconnects.
+        """
+        subscriber = self._subscriber
+        if self._ending_since is None and subscriber.finished and subscriber.caught_up:
+            self._ending_since = now
+        return 0.0 if self._ending_since is None else now - self._ending_since
+
     async def aclose(self) -> None:
         """End the stream. Does no harm when repeated."""
         self._close(Reason.LEFT)
@@ -208,6 +221,8 @@ class EventStream(AsyncIterator[bytes]):
         """
         if self.reason is None:
             self.reason = reason
+        if self._ending_since is None:
+            self._ending_since = time.monotonic()
         self._subscriber.finish(b"" if retry_ms is None else encode_retry(retry_ms))
 
     def abort(self, reason: Reason) -> None:

@@ -165,6 +165,7 @@ class Subscription:
         """Become live, unless the feed is ahead of what was read."""
         if self.feed is not None:
             self.feed.adopt(self)
+        self.subscriber.caught_up = self.subscriber.caught_up or self.live
         if self.live and self._held is not None:
             held, self._held = self._held, None
             self.push(held)
@@ -209,7 +210,15 @@ class Subscriber(Buffer):
     :param cursor_event: send cursors as events, for a client that ignores an id without data.
     """
 
-    __slots__ = ("_cursor_event", "_lost", "_volatile", "finished", "joined", "subscriptions")
+    __slots__ = (
+        "_cursor_event",
+        "_lost",
+        "_volatile",
+        "caught_up",
+        "finished",
+        "joined",
+        "subscriptions",
+    )
 
     def __init__(
         self,
@@ -226,6 +235,8 @@ class Subscriber(Buffer):
         self.subscriptions: list[Subscription] = []
         self.finished = False
         """Has the last frame been buffered? Nothing comes after it."""
+        self.caught_up = False
+        """Whether one of its tokens was live at some time."""
         self._volatile = False  # does the buffer hold events that no history has?
         self._lost = False  # were such events dropped?
 

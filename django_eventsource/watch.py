@@ -116,7 +116,7 @@ class Watch:
         stall_seconds = conf.stream_stall_seconds or float("inf")
         due = []
         for stream, listener in registry.streams(self.hub.loop):
-            if stream.stalled_for(now) > stall_seconds:
+            if max(stream.stalled_for(now), stream.ending_for(now)) > stall_seconds:
                 stream.abort(Reason.STALLED)
             elif not stream.served and now > listener.admitted + UNSERVED_SECONDS:
                 stream.abort(Reason.LEFT)

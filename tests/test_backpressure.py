@@ -32,6 +32,7 @@ from django_eventsource.backpressure import (
     find_transport,
     unsent,
 )
+from django_eventsource.control import aclose_streams
 from django_eventsource.frames import Decoder
 from django_eventsource.policies import AllowAny
 from django_eventsource.publishing import apublish
@@ -651,20 +652,58 @@ async def test_a_slow_reader_gets_everything(kind: str) -> None:
 @pytest.mark.parametrize("kind", CUTTING)
 async def test_a_reader_that_is_slow_all_the_time_is_not_cut_off(kind: str) -> None:
     """One large event takes it far longer than a stalled reader has, and it gets it whole."""
-    with narrow(kind, EVENTSOURCE_STREAM_STALL_SECONDS=2) as server:
+    with narrow(
+        kind, EVENTSOURCE_STREAM_STALL_SECONDS=2, EVENTSOURCE_KEEPALIVE_SECONDS=0.5
+    ) as server:
         slow = Slow(server, "/events/poll/t")
         await slow.opened()
         await apublish("t", "ping", "x" * 1_000_000)
+        while b"xxx\n\n" not in slow.body:
+            assert not slow.ended
+            await read_slowly(slow)
         await apublish("t", "close", "end")
         while not slow.ended:
-            await asyncio.sleep(0.1)  # what makes it slow
-            for _ in range(5):
-                await asyncio.to_thread(slow.read)
+            await read_slowly(slow)
         events = Decoder().feed(slow.body)
         assert [len(event.data) for event in events] == [1_000_000, 3]
         await until(lambda: server.log.read_text(), 3)
         assert server.log.read_text() == "closed: finished\n"
         slow.close()
+
+
+async def read_slowly(listener: Slow) -> None:
+    """Read a few kilobytes, some ten times a second."""
+    await asyncio.sleep(0.1)
+    for _ in range(5):
+        await asyncio.to_thread(listener.read)
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CUTTING)
+async def test_a_slow_reader_is_cut_off_when_its_stream_was_told_to_end(kind: str) -> None:
+    """It keeps the connection no longer than one that stalls, and misses nothing."""
+    with narrow(kind, EVENTSOURCE_STREAM_STALL_SECONDS=1) as server:
+        slow = Slow(server, "/events/poll/t")
+        await slow.opened()
+        event = await apublish("t", "ping", "x" * 1_000_000)
+        await read_slowly(slow)
+        await aclose_streams(token="t")
+        while not slow.ended:
+            await read_slowly(slow)
+        assert len(slow.body) < 1_000_000
+        await until(lambda: connections_to(server) == 0)
+        assert server.log.read_text() == "closed: closed\n"
+        decoder = Decoder()
+        assert decoder.feed(slow.body) == []
+        again = await Connection.open(
+            server.address, "/events/poll/t", Last_Event_ID=decoder.last_event_id
+        )
+        events: list[Any] = []
+        while not events:
+            events += decoder.feed(await again.read())
+        assert [one.id for one in events] == [str(event.id)]
+        again.close()
 
 
 STALLED = 20

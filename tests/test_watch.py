@@ -232,6 +232,69 @@ async def test_a_reader_that_takes_little(settings) -> None:
     assert slow.reason is Reason.STALLED
 
 
+async def open_drip(token: str = "t", cursor: str | None = None) -> EventStream:
+    """Open a stream whose listener always reads a little of the chunk that is being sent."""
+    stream = EventStream(token, get_history().locate(token, cursor), asked=cursor)
+    assert get_watch().admit(stream, Listener(tokens=(token,))) is None
+    await anext(stream)
+    reading = asyncio.ensure_future(anext(stream))
+    if cursor is None:
+        await until(lambda: stream._subscriber._waiter)
+        await apublish(token, "ping", "x")
+    await reading
+    left = iter(range(10**6, 0, -1))
+    stream.unsent = lambda: next(left)
+    return stream
+
+
+async def tell_to_end(stream: EventStream, how: str, settings: Any) -> None:
+    """Let a stream end in one of the ways that leave what is buffered."""
+    if how == "close":
+        await apublish(stream.token, "close", "bye")
+    elif how == "age":
+        stream.listener.ends_at = 0
+    else:
+        stream.end(Reason.REFUSED)
+
+
+@in_memory
+@pytest.mark.parametrize("how", ["close", "age", "refusal"])
+async def test_a_stream_that_was_told_to_end_is_aborted_whatever_its_listener_reads(
+    how: str, settings
+) -> None:
+    """The listener has the time of a stalled one, and no more."""
+    settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.3
+    drip = await open_drip()
+    aborted: list[float] = []
+    drip.on_abort = lambda: aborted.append(time.monotonic())
+    await asyncio.sleep(0.5)
+    assert aborted == [], "it makes progress"
+    began = time.monotonic()
+    await tell_to_end(drip, how, settings)
+    await until(lambda: aborted)
+    assert aborted[0] - began >= 0.3
+    assert registry.count("t") == 0
+    assert drip.reason is {"close": Reason.STALLED, "age": Reason.AGE}.get(how, Reason.REFUSED)
+
+
+@in_memory
+async def test_a_slow_listener_has_the_age_of_a_stream_for_the_replay_of_a_closed_token(
+    settings,
+) -> None:
+    """Otherwise it would be cut off at the same event whenever it reconnects."""
+    settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.2
+    (start,) = add(get_history(), "start")
+    add(get_history(), "x")
+    await apublish("t", "close", "bye")
+    drip = await open_drip(cursor=str(start.seq))
+    aborted: list[int] = []
+    drip.on_abort = lambda: aborted.append(1)
+    await asyncio.sleep(0.5)
+    assert aborted == []
+    drip.listener.ends_at = 0
+    await until(lambda: aborted)
+
+
 @in_memory
 async def test_a_stream_that_is_never_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its response was dropped: it does not count for ever."""
