@@ -16,7 +16,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
+
+from django.core.exceptions import ImproperlyConfigured
 
 from .backpressure import Producer, cut, emptied, find_shutdown, find_transport, hold_back, unsent
 from .responses import Slot
@@ -35,6 +37,26 @@ PIECE_BYTES = 8 * 1024
 """The largest piece for a server that may hold a number of pieces, whatever their size."""
 
 
+class AsgiCall(partial[Awaitable[None]]):
+    """An ``async def __call__()`` that rejects the call of a WSGI server.
+
+    A WSGI server does not await the coroutine, so the call itself must raise. Servers detect an
+    ASGI application by ``inspect.iscoroutinefunction()``, which looks through a ``partial``.
+    """
+
+    def __get__(self, instance: object, owner: type | None = None) -> Self:
+        return self if instance is None else type(self)(self.func, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Awaitable[None]:
+        if len(args) == 2 and "wsgi.version" in args[0]:
+            raise ImproperlyConfigured(
+                "This ASGI application was called as a WSGI application. Start it with an ASGI "
+                "server or worker, for example `gunicorn -k asgi mysite.asgi:application`, or "
+                "serve the project's wsgi.py."
+            )
+        return super().__call__(*args, **kwargs)
+
+
 class Handover:
     """Serves an ASGI application, and the streams of its responses itself.
 
@@ -48,6 +70,7 @@ class Handover:
         self.application = application
         Handover.made += 1
 
+    @AsgiCall
     async def __call__(
         self, scope: MutableMapping[str, Any], receive: Receive, send: Send
     ) -> None:

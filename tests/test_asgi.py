@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
+from asgiref.sync import iscoroutinefunction
 from django.core.asgi import get_asgi_application
+from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import request_finished
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import include, path
@@ -295,6 +298,22 @@ async def test_it_is_counted() -> None:
     before = Handover.made
     Handover(get_asgi_application())
     assert Handover.made == before + 1
+
+
+def test_a_call_as_a_wsgi_application_names_the_way_out() -> None:
+    """The error is raised by the call: a WSGI server does not await a coroutine."""
+    application: Any = Handover(get_asgi_application())
+    with pytest.raises(ImproperlyConfigured, match="gunicorn -k asgi") as error:
+        application({"wsgi.version": (1, 0), "REQUEST_METHOD": "GET"}, lambda *args: None)
+    assert "called as a WSGI application" in str(error.value)
+
+
+@pytest.mark.parametrize("is_asgi", [inspect.iscoroutinefunction, iscoroutinefunction])
+def test_servers_take_it_for_an_asgi_application(is_asgi: Callable[[Any], bool]) -> None:
+    """uvicorn, hypercorn and daphne look at ``__call__``."""
+    application = Handover(get_asgi_application())
+    assert is_asgi(application.__call__)
+    assert is_asgi(Handover.__call__)
 
 
 # Middleware that touches the stream

@@ -76,10 +76,14 @@ class Command:
 
     async def ready(self) -> None:
         """Wait until the server responds."""
+        (await self.connect()).close()
+
+    async def connect(self) -> Connection:
+        """Send a first request, as soon as the server accepts it."""
         async with asyncio.timeout(DEADLINE):
             while True:
                 try:
-                    return await self.request()
+                    return await Connection.open(self.address, "/nowhere")
                 except OSError:
                     assert self.process.poll() is None, self.log.read_text()
                     await asyncio.sleep(0.05)
@@ -204,3 +208,17 @@ async def request_often(command: Command) -> None:
     """Send as many requests as a worker accepts."""
     for _ in range(MAX_REQUESTS):
         await command.request()
+
+
+async def test_a_wsgi_worker_logs_which_command_serves_the_application(project: Path) -> None:
+    """gunicorn's default worker calls the application as WSGI, and responds 500."""
+    command = Command("gunicorn --bind 127.0.0.1:8000 mysite.asgi", project)
+    try:
+        connection = await command.connect()
+        assert connection.status == 500
+        connection.close()
+    finally:
+        command.kill()
+    log = command.log.read_text()
+    assert "called as a WSGI application" in log
+    assert "`gunicorn -k asgi mysite.asgi:application`" in log
