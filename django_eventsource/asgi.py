@@ -33,8 +33,10 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
-PIECE_BYTES = 8 * 1024
-"""The largest piece for a server that may hold a number of pieces, whatever their size."""
+PIECE_BYTES = 64 * 1024
+"""The largest piece of a body. A reader that stalls costs the server a piece, not an event."""
+SMALL_PIECE_BYTES = 8 * 1024
+"""The same for a server that may hold a number of pieces, whatever their size."""
 
 
 class AsgiCall(partial[Awaitable[None]]):
@@ -142,7 +144,9 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
         transport = find_transport(send)
         stream.unsent = partial(unsent, transport)
         shutdown.follow(find_shutdown(send))
-        await _send_all(stream, send, producer, PIECE_BYTES if transport is None else None)
+        await _send_all(
+            stream, send, producer, SMALL_PIECE_BYTES if transport is None else PIECE_BYTES
+        )
         if stream.reason is not Reason.LEFT:
             stream.progress(begin=True)
             await emptied(transport)
@@ -167,19 +171,18 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
             release(stream)
 
 
-async def _send_all(
-    stream: EventStream, send: Send, producer: Producer | None, most: int | None
-) -> None:
+async def _send_all(stream: EventStream, send: Send, producer: Producer | None, most: int) -> None:
+    """Send a stream in pieces, and wait after each one until the server wants more."""
     async for chunk in stream:
-        if most is None or len(chunk) <= most:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        else:
-            for start in range(0, len(chunk), most):
-                piece = chunk[start : start + most]
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-                stream.progress()
-        if producer is not None and not producer.ready:
-            await producer.wait()
+        for start in range(0, len(chunk), most):
+            if start:
+                # After a disconnect send() may return at once: let the stream end then.
+                await asyncio.sleep(0)
+            piece = chunk[start : start + most]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            if producer is not None and not producer.ready:
+                await producer.wait()
+            stream.progress()
 
 
 async def _until_gone(stream: EventStream, receive: Receive) -> None:

@@ -19,7 +19,7 @@ from django.urls import include, path
 from django.utils.decorators import sync_and_async_middleware
 
 from django_eventsource import watch
-from django_eventsource.asgi import PIECE_BYTES, Handover, serve
+from django_eventsource.asgi import PIECE_BYTES, SMALL_PIECE_BYTES, Handover, serve
 from django_eventsource.frames import Decoder
 from django_eventsource.history import History, Kind, get_history
 from django_eventsource.listeners import Listener, registry
@@ -719,7 +719,7 @@ async def test_an_unknown_server_that_cannot_be_cut() -> None:
 
 @pytest.mark.parametrize("kind", [Exchange, Known])
 async def test_pieces(kind: type[Exchange], memory_history: History) -> None:
-    """A server that may count pieces gets small ones; the bytes are the same."""
+    """A server that may count pieces gets smaller ones; the bytes are the same."""
     (start,) = add(memory_history, "start")
     add(memory_history, "x" * 3 * PIECE_BYTES)
     stream = stream_of("t", str(start.seq))
@@ -729,10 +729,46 @@ async def test_pieces(kind: type[Exchange], memory_history: History) -> None:
     stream.end(Reason.CLOSED)
     await finish(task)
     sizes = [len(message["body"]) for message in exchange.sent[1:]]
-    assert (max(sizes) <= PIECE_BYTES) == (kind is Exchange)
+    assert max(sizes) == (SMALL_PIECE_BYTES if kind is Exchange else PIECE_BYTES)
     assert all(message["body"] for message in exchange.sent[1:-1])
     (event,) = Decoder().feed(exchange.body)
     assert event.data == "x" * 3 * PIECE_BYTES
+
+
+class Lost(Known):
+    """A server that loses the connection during the first large piece, and never waits."""
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+        if len(message["body"]) == PIECE_BYTES:
+            self.hang_up()
+
+
+async def test_no_further_piece_is_sent_after_a_disconnect(memory_history: History) -> None:
+    """The server's `send` returns at once then, and its loop has to run for the stream to end."""
+    (start,) = add(memory_history, "start")
+    add(memory_history, "x" * 100 * PIECE_BYTES)
+    stream = stream_of("t", str(start.seq))
+    exchange = Lost()
+    await finish(serve(stream, exchange.receive, exchange.send))
+    assert stream.reason is Reason.LEFT
+    assert len(exchange.sent) < 10
+
+
+async def test_inside_of_django_a_large_event_is_sent_in_pieces_too(
+    memory_history: History,
+) -> None:
+    """Django's handler cuts what the stream returns, and waits for the server after each piece."""
+    (start,) = add(memory_history, "start")
+    add(memory_history, "x" * 3 * PIECE_BYTES)
+    exchange = Exchange()
+    exchange.blocks_after = 4  # the head, the opening, and two pieces
+    url = f"/events/poll/t?last_event_id={start.seq}"
+    task = exchange.run(get_asgi_application(), url)
+    await exchange.until(lambda: len(exchange.sent) == 4)
+    assert [len(message["body"]) for message in exchange.sent[2:]] == [PIECE_BYTES, PIECE_BYTES]
+    exchange.hang_up()
+    await finish(task)
 
 
 # Daphne
@@ -812,6 +848,29 @@ async def test_daphne_is_asked_before_more_is_written() -> None:
     exchange.hang_up()
     await finish(task)
     assert [event.data for event in Decoder().feed(exchange.body)] == list("abcd")
+
+
+async def test_daphne_is_asked_after_each_piece_of_a_large_event() -> None:
+    """A reader that stalls costs one piece, and not the whole event."""
+    exchange = Daphne()
+    stream = stream_of()
+    task = exchange.run(Handover(leaves(stream)), "/")
+    await exchange.until(lambda: len(exchange.sent) == 2)
+    exchange.request.producer.pauseProducing()
+    value = "x" * 500_000
+    await apublish("t", "ping", value)
+    await exchange.until(lambda: len(exchange.sent) == 3)
+    for number in range(3, 9):
+        assert len(exchange.sent) == number
+        assert len(exchange.sent[-1]["body"]) == 64 * 1024
+        exchange.request.producer.resumeProducing()
+        exchange.request.producer.pauseProducing()
+        await exchange.until(lambda number=number: len(exchange.sent) > number)
+    exchange.request.producer.resumeProducing()
+    await exchange.until(lambda: exchange.body.endswith(b"\n\n"))
+    assert [event.data for event in Decoder().feed(exchange.body)] == [value]
+    exchange.hang_up()
+    await finish(task)
 
 
 async def test_a_stream_ends_on_daphne_without_complaint() -> None:

@@ -717,9 +717,15 @@ HELD_BY_SERVER = {"granian": STALLED * 417_792}
 
 @real
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("events", "size"), [(EVENTS, 15_000), (1, 1_000_000)], ids=["many", "large"]
+)
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_readers_that_stall_cost_bounded_memory(kind: str) -> None:
-    """Twenty of them, and 13.5 MB for each: the server holds a little, and no more."""
+async def test_readers_that_stall_cost_bounded_memory(kind: str, events: int, size: int) -> None:
+    """Twenty of them, and 13.5 MB for each, or one large event.
+
+    The server holds a little, and no more.
+    """
     quick = {"EVENTSOURCE_KEEPALIVE_SECONDS": 1}
     # However long a busy machine takes to publish so much.
     patient = {"EVENTSOURCE_STREAM_STALL_SECONDS": 600}
@@ -730,8 +736,8 @@ async def test_readers_that_stall_cost_bounded_memory(kind: str) -> None:
         for reader in readers:
             await reader.opened()
         before = peak = memory_of(server)
-        for n in range(EVENTS):
-            await apublish("t", "ping", "x" * 15_000)
+        for n in range(events):
+            await apublish("t", "ping", "x" * size)
             if n % 50 == 0:
                 peak = max(peak, memory_of(server))
         for _ in range(30):
