@@ -106,7 +106,7 @@ class Conf:
 
     @property
     def max_event_bytes(self) -> int:
-        """``EVENTSOURCE_MAX_EVENT_BYTES``: largest value of one event."""
+        """``EVENTSOURCE_MAX_EVENT_BYTES``: the largest event as it is sent, and POST body."""
         return _positive_int("EVENTSOURCE_MAX_EVENT_BYTES", 1024 * 1024) or 0
 
     @property

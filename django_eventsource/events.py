@@ -28,15 +28,19 @@ RESERVED = (RESET, CURSOR)
 MAX_ACTION_LENGTH = 255
 MAX_ID_LENGTH = 255
 
-_LINE_END = re.compile(r"\r\n|\r|\n")
 _FORBIDDEN = {"\r": "CR", "\n": "LF", "\0": "NUL"}
 _VISIBLE_ASCII = re.compile(r"[!-~]+")
 _RETRY = re.compile(r"[0-9]{1,15}")
 
 
+def unify_line_ends(text: str) -> str:
+    """Replace CRLF and CR, which end a line of an event stream as LF does, by LF."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def split_lines(text: str) -> list[str]:
     """Split at CRLF, CR and LF, the line ends of an event stream, and at no others."""
-    return _LINE_END.split(text)
+    return unify_line_ends(text).split("\n")
 
 
 class _ComputedId:

@@ -17,6 +17,10 @@ class InvalidEvent(EventSourceError, ValueError):
     """The action, value or id cannot be sent as a server-sent event."""
 
 
+class EventTooLarge(InvalidEvent):
+    """The event is larger than ``EVENTSOURCE_MAX_EVENT_BYTES`` once it is encoded."""
+
+
 class UnknownAction(InvalidEvent):
     """The Event class does not list the action.
 

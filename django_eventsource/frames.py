@@ -44,6 +44,11 @@ def encode_event(action: str, data: bytes, event_id: str | None = None) -> bytes
     )
 
 
+def event_size(action: str, data: bytes) -> int:
+    """Return the number of bytes that :func:`encode_event` needs, without an id."""
+    return len(encode_event(action, b"")) + len(data) + data.count(b"\n") * len(b"data: ")
+
+
 def encode_retry(milliseconds: int, event_id: str | None = None) -> bytes:
     """Encode a reconnection time. With an id it is a block that commits the id.
 

@@ -39,6 +39,9 @@ BATCH_BYTES = 256 * 1024
 MESSAGE_BYTES = 64 * 1024
 """What is sent in one message, unless a single event is larger."""
 
+LOOP_BYTES = 16 * 1024
+"""The length of the largest posted value that is checked and encoded on the event loop."""
+
 Item = tuple[str, str, Any]
 Prepared = tuple[Event, Draft]
 Messages = list[dict[str, Any]]
@@ -139,15 +142,15 @@ async def apublish_many(
 async def apublish_posted(token: str, action: str, value: Any, event_class: type[Event]) -> Event:
     """Publish what came with a request of its own: no transaction is around it.
 
-    It takes no thread where nothing blocks, which is a good part of what it costs.
+    It takes no thread where nothing blocks, which is a good part of what it costs. To check and
+    encode a large value blocks.
 
     :raises ValueError: when something is not acceptable, such as a reconnection time out of
         ``EVENTSOURCE_RETRY_RANGE_MS``.
     """
-    event = make_event(token, action, value, event_class)
-    draft = Draft.of(event)
-    if draft.kind == Kind.RETRY:
-        _check_retry(int(draft.data))
+    if len(value) > LOOP_BYTES:
+        return await sync_to_async(_publish_posted)(token, action, value, event_class)
+    event, draft = _prepare_posted(token, action, value, event_class)
     history = get_history()
     if history.blocks or not is_process_local() or event_published.has_listeners(event_class):
         await sync_to_async(_publish)([event], [draft], Way())
@@ -156,6 +159,19 @@ async def apublish_posted(token: str, action: str, value: Any, event_class: type
     else:
         _send_live(_live_messages(token, [draft]), Way())
     return event
+
+
+def _publish_posted(token: str, action: str, value: Any, event_class: type[Event]) -> Event:
+    event, draft = _prepare_posted(token, action, value, event_class)
+    _publish([event], [draft], Way())
+    return event
+
+
+def _prepare_posted(token: str, action: str, value: Any, event_class: type[Event]) -> Prepared:
+    event, draft = prepare(token, action, value, event_class)
+    if draft.kind == Kind.RETRY:
+        _check_retry(int(draft.data))
+    return event, draft
 
 
 def _check_retry(retry_ms: int) -> None:

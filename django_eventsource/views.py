@@ -28,6 +28,7 @@ from .cursors import split_cursor
 from .events import Event, is_durable
 from .exceptions import (
     DeliveryFailed,
+    EventTooLarge,
     InvalidToken,
     NotAuthenticated,
     RateLimited,
@@ -311,6 +312,8 @@ class EventSourceView(View):
             )
         try:
             event = await apublish_posted(token, action, value, event_class)
+        except EventTooLarge as error:
+            return text_response(413, str(error))
         except ValueError as error:
             return text_response(400, str(error))
         except get_history().failures as error:

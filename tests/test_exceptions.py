@@ -21,7 +21,9 @@ def test_one_base_catches_every_error(error_class):
     assert error_class.__doc__
 
 
-@pytest.mark.parametrize("name", ["InvalidToken", "InvalidEvent", "UnknownAction"])
+@pytest.mark.parametrize(
+    "name", ["InvalidToken", "InvalidEvent", "UnknownAction", "EventTooLarge"]
+)
 def test_malformed_input_is_a_value_error(name):
     """Code that expects Python's own ValueError for bad input gets one."""
     assert issubclass(getattr(exceptions, name), ValueError)

@@ -28,6 +28,7 @@ from django_eventsource.frames import (
     encode_event,
     encode_id,
     encode_retry,
+    event_size,
 )
 
 
@@ -56,6 +57,13 @@ def wire(value, action="ping"):
 def test_media_type():
     """The media type is the standard's."""
     assert CONTENT_TYPE == "text/event-stream"
+
+
+@pytest.mark.parametrize("action", ["ping", "message", "é"])
+@pytest.mark.parametrize("data", [b"", b"a", b"\n\na\n"])
+def test_the_size_of_an_event_is_that_of_its_encoding_without_an_id(action, data):
+    """It is computed without encoding the event."""
+    assert event_size(action, data) == len(encode_event(action, data))
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\n"], ids=repr)

@@ -20,6 +20,8 @@ from django_eventsource.events import (
     StringEvent,
     StringIdEvent,
 )
+from django_eventsource.exceptions import EventTooLarge
+from django_eventsource.frames import encode_event
 from django_eventsource.history import Draft, Entry, Head, History, Kind, Slice
 from django_eventsource.history.database import DatabaseHistory
 from django_eventsource.history.memory import MemoryHistory
@@ -712,6 +714,7 @@ def test_draft_splits_what_an_override_left_whole() -> None:
             return self._value
 
     assert Draft.of(Whole("t", "close", "a\nb")).data == b"a\nb\nend"
+    assert Draft.of(Whole("t", "close", "a\r\nb\r")).data == b"a\nb\n\nend"
     assert Draft.of(Text("t", "close", "a\nb")).data == b"a\nb"
 
 
@@ -736,6 +739,16 @@ def test_draft_refuses_a_bad_retry(value: str) -> None:
     """A retry is ASCII digits."""
     with pytest.raises(ValueError, match="must be ASCII digits"):
         Draft.of(StringIdEvent("t", "retry", value))
+
+
+def test_draft_refuses_an_event_that_is_too_large_once_it_is_encoded(settings) -> None:
+    """Each line of the value is sent with `data: ` before it."""
+    settings.EVENTSOURCE_MAX_EVENT_BYTES = 1000
+    room = 1000 - len(encode_event("ping", b""))
+    for value in ("x" * room, "\n" * (room // 7)):
+        assert len(Draft.of(StringIdEvent("t", "ping", value)).frame()) <= 1000
+        with pytest.raises(EventTooLarge, match=r"has 100\d bytes as it is sent; at most 1000"):
+            Draft.of(StringIdEvent("t", "ping", value + "\n"))
 
 
 def test_draft_refuses_lone_surrogates() -> None:

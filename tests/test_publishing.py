@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,10 +22,11 @@ from django_eventsource.events import Event, EventId, JSONIdEvent, StringEvent
 from django_eventsource.exceptions import DeliveryFailed, InvalidToken, UnknownAction
 from django_eventsource.frames import Decoder
 from django_eventsource.history import Draft, Entry, get_history
+from django_eventsource.history import base as history_base
 from django_eventsource.hub import get_hub
 from django_eventsource.layers import MESSAGE_TYPE
 from django_eventsource.models import PendingEvent, StoredEvent
-from django_eventsource.publishing import apublish_posted
+from django_eventsource.publishing import LOOP_BYTES, apublish_posted
 from django_eventsource.signals import event_published
 from django_eventsource.streams import EventStream
 from django_eventsource.tokens import group_name
@@ -799,6 +801,37 @@ async def test_a_post_takes_a_thread_where_something_may_block(settings) -> None
         event_published.disconnect(receive)
     assert threads
     assert threads != [threading.get_ident()]
+
+
+@pytest.mark.usefixtures("memory_history")
+@pytest.mark.parametrize("size", [100, LOOP_BYTES, LOOP_BYTES + 1, 200_000])
+async def test_a_large_post_is_checked_and_encoded_off_the_loop(
+    settings, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Other streams go on meanwhile. A small one is done before a thread would have begun."""
+    settings.CHANNEL_LAYERS = {}
+    threads: set[int] = set()
+    encode = history_base.encode_event
+
+    def encode_event(*args: Any) -> bytes:
+        threads.add(threading.get_ident())
+        return encode(*args)
+
+    class Noted(JSONIdEvent):
+        def set_value(self, value: Any) -> None:
+            threads.add(threading.get_ident())
+            super().set_value(value)
+
+        def get_value(self) -> list[str]:
+            threads.add(threading.get_ident())
+            return super().get_value()
+
+    monkeypatch.setattr(history_base, "encode_event", encode_event)
+    event = await apublish_posted("t", "ping", json.dumps("x" * (size - 2)), Noted)
+    assert int(event.id) == get_history().newest("t")[0]
+    on_the_loop = threading.get_ident()
+    assert (threads == {on_the_loop}) == (size <= LOOP_BYTES)
+    assert (on_the_loop in threads) == (size <= LOOP_BYTES)
 
 
 def test_many_live_only_events_that_failed(layer: SharedLayer, memory_history: Any) -> None:

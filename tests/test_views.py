@@ -860,6 +860,8 @@ async def test_a_published_event_reaches_a_listener(client: AsyncClient) -> None
         ("/live/retry/t", "5", 404, "StringEvent allows ping, close."),
         ("/events/poll/t", "x", 405, "This URL answers GET, HEAD, OPTIONS."),
         ("/events/ping/t", "x" * 1001, 413, "at most 1000 bytes"),
+        ("/events/ping/t", "x" * 1000, 413, "has 1020 bytes as it is sent; at most 1000"),
+        ("/events/ping/t", "\n" * 900, 413, "has 6320 bytes as it is sent; at most 1000"),
     ],
 )
 async def test_bad_posts(

@@ -21,9 +21,10 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, DatabaseError
 
 from ..batches import Batch, Frame, gather
-from ..conf import number_error
-from ..events import Event, check_id, encode_text, retry_ms, split_lines
-from ..frames import encode_event, encode_retry
+from ..conf import conf, number_error
+from ..events import Event, check_id, encode_text, retry_ms, unify_line_ends
+from ..exceptions import EventTooLarge
+from ..frames import encode_event, encode_retry, event_size
 
 T = TypeVar("T")
 
@@ -57,23 +58,32 @@ class Draft:
     def of(cls, event: Event) -> Draft:
         """Read an event once: its lines, its id, its kind.
 
-        :raises ValueError: when the event could not be sent as it is.
+        :raises ValueError: when the event could not be sent as it is, or is too large.
         """
         value = event.value
         texts = [value] if isinstance(value, str) else value
-        lines = [line for text in texts for line in split_lines(text)]
+        text = "\n".join(texts)
+        if "\r" in text:
+            text = "\n".join(map(unify_line_ends, texts))
         kind = Kind.EVENT
         if event.action == event.RETRY:
-            retry_ms(lines)
+            retry_ms(text.split("\n"))
             kind = Kind.RETRY
         elif event.action == event.FINISH:
             kind = Kind.FINISH
         event_id = None if event.id is None else str(event.id)
         if event_id is not None:
             check_id(event_id)
+        data = encode_text("value", text)
+        size, most = event_size(event.action, data), conf.max_event_bytes
+        if size > most:
+            raise EventTooLarge(
+                f"The event has {size} bytes as it is sent; at most {most} are allowed "
+                "(EVENTSOURCE_MAX_EVENT_BYTES)."
+            )
         return cls(
             action=event.action,
-            data=encode_text("value", "\n".join(lines)),
+            data=data,
             event_id=event_id,
             kind=kind,
         )
