@@ -32,7 +32,7 @@ from .connection import (
     read_excerpt,
     refusal,
 )
-from .exceptions import ClientError, EventTooLarge
+from .exceptions import ClientError, ReceivedEventTooLarge
 from .frames import CONTENT_TYPE, MAX_EVENT_BYTES, Decoder, ServerSentEvent
 
 MIN_WAIT_SECONDS = 0.1
@@ -151,7 +151,7 @@ class _Listener:
         last_event_id = self._decoder.last_event_id
         try:
             self._events.extend(self._decoder.feed(chunk))
-        except EventTooLarge as error:
+        except ReceivedEventTooLarge as error:
             self._events.extend(error.events)
             # Not answered by reconnecting, which would receive the same event.
             self._failure = ClientError(

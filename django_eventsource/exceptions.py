@@ -66,7 +66,7 @@ class DeliveryFailed(EventSourceError):
     """
 
 
-class EventTooLarge(EventSourceError):
+class ReceivedEventTooLarge(EventSourceError):
     """A received event has more bytes than the decoder's ``max_event_bytes``.
 
     ``events`` holds the events that the same bytes completed before it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from dataclasses import dataclass
 
-from .exceptions import EventTooLarge
+from .exceptions import ReceivedEventTooLarge
 
 CONTENT_TYPE = "text/event-stream"
 
@@ -120,7 +120,7 @@ class Decoder:
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """Return the events that the next bytes of the stream complete.
 
-        :raises EventTooLarge: if an event has more than ``max_event_bytes``. The decoder cannot
+        :raises ReceivedEventTooLarge: if an event has more than ``max_event_bytes``. The decoder cannot
             be used after that.
         """
         if self._after_cr and chunk:
@@ -134,7 +134,7 @@ class Decoder:
         events: list[ServerSentEvent] = []
         for line in lines:
             if len(self._line) + len(line) + len(self._data) > self._max_event_bytes:
-                raise EventTooLarge(self._max_event_bytes, events)
+                raise ReceivedEventTooLarge(self._max_event_bytes, events)
             if self._line:
                 self._line += line
                 line = bytes(self._line)
@@ -144,7 +144,7 @@ class Decoder:
                 events.append(event)
         self._line += rest
         if len(self._line) + len(self._data) > self._max_event_bytes:
-            raise EventTooLarge(self._max_event_bytes, events)
+            raise ReceivedEventTooLarge(self._max_event_bytes, events)
         return events
 
     def _end_line(self, line: bytes) -> ServerSentEvent | None:

@@ -17,7 +17,7 @@ from django_eventsource.events import (
     check_field,
     check_id,
 )
-from django_eventsource.exceptions import EventTooLarge, InvalidEvent
+from django_eventsource.exceptions import InvalidEvent, ReceivedEventTooLarge
 from django_eventsource.frames import (
     CONTENT_TYPE,
     KEEPALIVE,
@@ -399,7 +399,7 @@ def test_an_event_of_more_bytes_than_max_event_bytes_raises(stream, bytewise):
     """A line, together with the data before it, has a bound; an unfinished line counts too."""
     decoder = Decoder(max_event_bytes=10)
     chunks = [stream[n : n + 1] for n in range(len(stream))] if bytewise else [stream]
-    with pytest.raises(EventTooLarge, match=r"^The event has more than 10 bytes\.$"):
+    with pytest.raises(ReceivedEventTooLarge, match=r"^The event has more than 10 bytes\.$"):
         for chunk in chunks:
             decoder.feed(chunk)
 
@@ -417,7 +417,7 @@ def test_events_within_max_event_bytes_are_decoded(stream):
 def test_event_too_large_contains_the_events_before_it():
     """What the same bytes completed before the oversized event is not lost."""
     decoder = Decoder(max_event_bytes=10)
-    with pytest.raises(EventTooLarge) as caught:
+    with pytest.raises(ReceivedEventTooLarge) as caught:
         decoder.feed(b"id: 1\ndata: a\n\nid: 2\ndata: 12345678")
     assert caught.value.events == [ServerSentEvent(data="a", id="1")]
     assert decoder.last_event_id == "1"
@@ -429,7 +429,7 @@ def test_max_event_bytes_is_16_mib_by_default():
     chunk = b"x" * 2**20
     for _ in range(16):
         decoder.feed(chunk)
-    with pytest.raises(EventTooLarge, match="16777216 bytes"):
+    with pytest.raises(ReceivedEventTooLarge, match="16777216 bytes"):
         decoder.feed(b"x")
 
 
