@@ -120,8 +120,8 @@ class Decoder:
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """Return the events that the next bytes of the stream complete.
 
-        :raises ReceivedEventTooLarge: if an event has more than ``max_event_bytes``. The decoder cannot
-            be used after that.
+        :raises ReceivedEventTooLarge: if an event has more than ``max_event_bytes``. The decoder
+            cannot be used after that.
         """
         if self._after_cr and chunk:
             # The CR ended the line already; an LF right after it belongs to the same line end.
