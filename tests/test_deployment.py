@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from tests.listeners import HTTP11, Connection, comes_back_ms
+from tests.pages import blocks, section
 from tests.processes import DEADLINE, environment
-from tests.test_readme import blocks, section
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
