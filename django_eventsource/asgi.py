@@ -174,15 +174,19 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
 async def _send_all(stream: EventStream, send: Send, producer: Producer | None, most: int) -> None:
     """Send a stream in pieces, and wait after each one until the server wants more."""
     async for chunk in stream:
-        for start in range(0, len(chunk), most):
-            if start:
-                # After a disconnect send() may return at once: let the stream end then.
-                await asyncio.sleep(0)
+        start = 0
+        while len(chunk) - start > most:
             piece = chunk[start : start + most]
             await send({"type": "http.response.body", "body": piece, "more_body": True})
             if producer is not None and not producer.ready:
                 await producer.wait()
             stream.progress()
+            start += most
+            # After a disconnect send() may return at once: let the stream end then.
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": chunk[start:], "more_body": True})
+        if producer is not None and not producer.ready:
+            await producer.wait()
 
 
 async def _until_gone(stream: EventStream, receive: Receive) -> None:
