@@ -36,6 +36,18 @@ COMMANDS = [
 RECYCLING = [line for line in COMMANDS if "max-requests" in line]
 
 
+DJANGOS_ASGI = """
+import os
+
+from django.core.asgi import get_asgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mysite.settings")
+
+application = get_asgi_application()
+"""
+"""The code that ``startproject`` writes into ``asgi.py``."""
+
+
 class Command:
     """A server that runs a command of the README on a free port.
 
@@ -114,8 +126,8 @@ def free_port() -> int:
 def project(tmp_path: Path) -> Path:
     """The directory of a project with the README's ``mysite/asgi.py``."""
     (tmp_path / "mysite").mkdir()
-    (asgi,) = (block for block in blocks("python") if "Handover(get_asgi_application())" in block)
-    (tmp_path / "mysite" / "asgi.py").write_text(asgi)
+    (wrapped,) = (block for block in blocks("python") if "Handover(application)" in block)
+    (tmp_path / "mysite" / "asgi.py").write_text(f"{DJANGOS_ASGI}\n\n{wrapped}\n")
     return tmp_path
 
 

@@ -881,3 +881,27 @@ async def test_the_receive_task_ends_although_the_layer_swallows_its_cancellatio
     hub._receiving.cancel()
     await asyncio.wait([hub._receiving], timeout=SECONDS)
     assert hub._receiving.done()
+
+
+class CancelsItsReceiver(FaultyLayer):
+    """A layer whose receiver is cancelled in the moment in which a message arrives."""
+
+    async def receive(self, channel: str) -> Any:
+        message = await super().receive(channel)
+        asyncio.current_task().cancel()
+        return message
+
+
+async def test_the_receive_task_passes_on_the_message_that_arrives_with_its_cancellation(
+    settings,
+) -> None:
+    """It receives no other one."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_hub.CancelsItsReceiver"}}
+    hub = get_hub()
+    subscriber = Single(hub.history.newest("t")[0], buffer_bytes=1000, keepalive_seconds=None)
+    await hub.subscribe(subscriber)
+    await bring(hub, message("t", None, "live"))
+    assert await receive(subscriber, 1) == ["live"]
+    await asyncio.wait([hub._receiving], timeout=SECONDS)
+    assert hub._receiving.done()
+    assert len([call for call in layer_of(hub).calls if call[0] == "receive"]) == 1

@@ -849,11 +849,12 @@ async def test_a_forged_event_is_delivered_and_hides_a_real_one(
     settings, backend: str, valkey_server: ValkeyServer
 ) -> None:
     """What docs/guarantees.rst says of a broker with foreign writers."""
+    settings.EVENTSOURCE_POLL_SECONDS = 600  # a history check would report the missed event
     use(settings, backend, hosts=[{"address": valkey_server.url, "socket_timeout": None}])
     reader = await Reader().live()
-    (first,) = add(get_history(), "first")
+    first = await apublish("t", "ping", "first")
     await until(lambda: b"first" in reader.body)
-    await forge(backend, valkey_server, first.seq + 1, None)
+    await forge(backend, valkey_server, int(first.id) + 1, None)
     await until(lambda: b"forged" in reader.body)
     await apublish("t", "ping", "hidden")
     await apublish("t", "ping", "next")
