@@ -69,7 +69,7 @@ async def of_bare() -> float:
 
 async def of_ours() -> dict[str, float]:
     """Count those of ours: events one by one, and in a flood."""
-    from django_eventsource.asgi import serve
+    from django_eventsource.asgi import Receiver, serve
     from django_eventsource.history import Draft, get_history
     from django_eventsource.hub import get_hub
     from django_eventsource.streams import EventStream
@@ -78,7 +78,7 @@ async def of_ours() -> dict[str, float]:
     history, hub, sink = get_history(), get_hub(), Sink()
     position = await history.alocate("t", None)
     tasks = [
-        asyncio.ensure_future(serve(EventStream("t", position), sink.receive, sink.send))
+        asyncio.ensure_future(serve(EventStream("t", position), Receiver(sink.receive), sink.send))
         for _ in range(LISTENERS)
     ]
     await sink.until(LISTENERS)

@@ -105,17 +105,42 @@ class Receiver:
     A disconnect is returned to every later caller, because servers report it once.
     """
 
+    __slots__ = ("_pending", "_receive")
+
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._pending: asyncio.Future[Message] | None = None
 
     async def __call__(self) -> Message:
-        if self._pending is None:
-            self._pending = asyncio.ensure_future(self._receive())
-        message = await asyncio.shield(self._pending)
+        message = await asyncio.shield(self._call())
         if message["type"] != "http.disconnect":
             self._pending = None
         return message
+
+    def on_disconnect(self, callback: Callable[[BaseException | None], None]) -> None:
+        """Call back when the client disconnects, or when the server's ``receive`` fails.
+
+        It takes no task besides the pending call: a stream waits for this as long as it is open.
+
+        :param callback: takes the exception of ``receive``, or ``None``.
+        """
+
+        def received(pending: asyncio.Future[Message]) -> None:
+            if pending.cancelled():
+                return
+            error = pending.exception()
+            if error is None and pending.result()["type"] != "http.disconnect":
+                self._pending = None
+                self.on_disconnect(callback)
+            else:
+                callback(error)
+
+        self._call().add_done_callback(received)
+
+    def _call(self) -> asyncio.Future[Message]:
+        if self._pending is None:
+            self._pending = asyncio.ensure_future(self._receive())
+        return self._pending
 
     def close(self) -> None:
         """Cancel the pending call, when the response has ended."""
@@ -123,7 +148,7 @@ class Receiver:
             self._pending.cancel()
 
 
-async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
+async def serve(stream: EventStream, receiver: Receiver, send: Send) -> None:
     """Send a stream as the body of a response whose headers are sent."""
     task = asyncio.current_task()
     was_cut = False
@@ -136,7 +161,7 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
     stream.on_abort = cut_off
     # It counts as open until its last byte is sent: who looks for streams still finds it.
     release, stream.on_close = stream.on_close, None
-    listening = asyncio.ensure_future(_until_gone(stream, receive))
+    receiver.on_disconnect(partial(_disconnected, stream))
     producer: Producer | None = None
     transport = None
     try:
@@ -163,7 +188,7 @@ async def serve(stream: EventStream, receive: Receive, send: Send) -> None:
             await asyncio.sleep(0)
             await asyncio.sleep(0)
     finally:
-        listening.cancel()
+        receiver.close()
         if producer is not None:
             producer.release()
         await stream.aclose()
@@ -189,17 +214,15 @@ async def _send_all(stream: EventStream, send: Send, producer: Producer | None, 
             await producer.wait()
 
 
-async def _until_gone(stream: EventStream, receive: Receive) -> None:
-    """Wait until the listener disconnects, then end its stream."""
-    try:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-    except Exception:
-        logger.exception(
-            "The server's receive() failed, so a disconnect cannot be detected. "
-            "The stream of token %r is ended.",
-            stream.token,
-        )
-        stream.end(Reason.FAILED)
-    else:
+def _disconnected(stream: EventStream, error: BaseException | None) -> None:
+    """End the stream of a listener that has disconnected."""
+    if error is None:
         stream.abort(Reason.LEFT)
+        return
+    logger.error(
+        "The server's receive() failed, so a disconnect cannot be detected. "
+        "The stream of token %r is ended.",
+        stream.token,
+        exc_info=error,
+    )
+    stream.end(Reason.FAILED)

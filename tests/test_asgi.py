@@ -19,7 +19,7 @@ from django.urls import include, path
 from django.utils.decorators import sync_and_async_middleware
 
 from django_eventsource import watch
-from django_eventsource.asgi import PIECE_BYTES, SMALL_PIECE_BYTES, Handover, serve
+from django_eventsource.asgi import PIECE_BYTES, SMALL_PIECE_BYTES, Handover, Receiver, serve
 from django_eventsource.frames import Decoder
 from django_eventsource.history import History, Kind, get_history
 from django_eventsource.listeners import Listener, registry
@@ -520,7 +520,7 @@ async def test_an_error_of_the_server_passes() -> None:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        await serve(stream, Exchange().receive, send)
+        await serve(stream, Receiver(Exchange().receive), send)
     assert registry.count("t") == 0
 
 
@@ -535,7 +535,7 @@ async def test_a_server_that_takes_no_producer(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("django_eventsource.asgi.hold_back", fail)
     before = asyncio.all_tasks()
     with pytest.raises(RuntimeError, match="registered already"):
-        await serve(stream, Exchange().receive, Exchange().send)
+        await serve(stream, Receiver(Exchange().receive), Exchange().send)
     assert registry.count("t") == 0
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before, "nobody listens for its end any more"
@@ -750,7 +750,7 @@ async def test_no_further_piece_is_sent_after_a_disconnect(memory_history: Histo
     add(memory_history, "x" * 100 * PIECE_BYTES)
     stream = stream_of("t", str(start.seq))
     exchange = Lost()
-    await finish(serve(stream, exchange.receive, exchange.send))
+    await finish(serve(stream, Receiver(exchange.receive), exchange.send))
     assert stream.reason is Reason.LEFT
     assert len(exchange.sent) < 10
 
@@ -891,7 +891,7 @@ async def test_a_connection_that_daphne_has_lost_already() -> None:
     exchange = Daphne()
     stream = stream_of()
     exchange.request.lose()
-    await finish(serve(stream, exchange.receive, exchange.send))
+    await finish(serve(stream, Receiver(exchange.receive), exchange.send))
     assert exchange.request.producer is None
     assert exchange.sent == []
 
@@ -951,7 +951,7 @@ async def test_a_server_without_tasks() -> None:
     """There is nothing to cancel: the stream is served, and ends when its listener goes."""
     exchange = Exchange()
     stream = stream_of()
-    steps = Steps(serve(stream, exchange.receive, exchange.send))
+    steps = Steps(serve(stream, Receiver(exchange.receive), exchange.send))
     await exchange.until(lambda: exchange.sent)
     exchange.hang_up()
     await finish(steps.done)
@@ -963,7 +963,7 @@ async def test_a_server_without_tasks_cancels() -> None:
     """What it throws in passes."""
     exchange = Exchange()
     stream = stream_of()
-    work = serve(stream, exchange.receive, exchange.send)
+    work = serve(stream, Receiver(exchange.receive), exchange.send)
     with pytest.raises(asyncio.CancelledError):
         work.throw(asyncio.CancelledError)
     await stream.aclose()
