@@ -30,8 +30,8 @@ def eventsource_url(
     """Return the URL on which the page that it stands in may listen to a token.
 
     ``{% eventsource_url token %}`` is for ``new EventSource(...)``;
-    ``{% eventsource_url token "ping" %}`` is for a POST of that action, and of no other. Who
-    sees the page has the grant: show it to nobody else.
+    ``{% eventsource_url token "ping" %}`` is for a POST of that action, and of no other. A
+    client that receives the page has the grant: send it to no other client.
 
     :param token: the token, or a list of tokens that one stream is to carry.
     :param action: an action to send; the Event class's ``LISTEN`` if not given.
