@@ -1,4 +1,4 @@
-"""Connections that log in with invented users, one after the other, as an attacker does."""
+"""Connections that send logins with invented users, one after the other, as an attacker does."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TIMEOUT_SECONDS = 60.0
 
 @contextmanager
 def attacking(port: int, path: str, connections: int) -> Iterator[Counter[int]]:
-    """Attack a server for the time of a block; yield a count of the answers, by status.
+    """Attack a server during a block; yield a count of the responses by status.
 
-    Each connection sends its next request when the one before is answered.
+    Each connection sends its next request after the response to the one before.
     """
     answers: Counter[int] = Counter()
     lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""What is compared: servers that stream events, each in a process of its own."""
+"""The servers that are compared, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +41,10 @@ http {{
 """
 
 
+H11 = ("--loop", "asyncio", "--http", "h11")
+UVLOOP = ("--loop", "uvloop", "--http", "httptools")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contender:
     """One way to serve streams."""
@@ -51,16 +55,18 @@ class Contender:
     listen: str
     publish: str
     server: str = "uvicorn"
+    flavour: tuple[str, ...] = H11
+    """The options of uvicorn that choose its event loop and its HTTP parser."""
     environment: dict[str, str] = field(default_factory=dict)
-    needs: str = ""
-    """The package without which it cannot run."""
+    needs: tuple[str, ...] = ()
+    """The packages without which it cannot run."""
 
     @property
     def missing(self) -> str:
-        """Why it cannot be measured here; empty if it can."""
+        """The reason why it cannot be measured here; empty if it can."""
         if self.server == "nginx":
             return "" if _nchan() else "nginx with nchan is not installed"
-        absent = [name for name in (self.server, self.needs) if name and find_spec(name) is None]
+        absent = [name for name in (self.server, *self.needs) if find_spec(name) is None]
         return f"{absent[0]} is not installed" if absent else ""
 
 
@@ -75,6 +81,26 @@ HANDED_OVER = Contender(
     application="benchmarks.applications:handed_over",
     environment=PLAIN,
     **OURS,
+)
+SEND = Contender(
+    name="django-eventsource, send only",
+    application=HANDED_OVER.application,
+    environment={**PLAIN, "BENCH_WRITE_TO_TRANSPORT": "no"},
+    **OURS,
+)
+BARE_UVLOOP = replace(
+    BARE, name="bare ASGI, uvloop", flavour=UVLOOP, needs=("uvloop", "httptools")
+)
+HANDED_OVER_UVLOOP = replace(
+    HANDED_OVER,
+    name="django-eventsource, uvloop",
+    flavour=UVLOOP,
+    needs=("uvloop", "httptools"),
+)
+UNFROZEN_UVLOOP = replace(
+    HANDED_OVER_UVLOOP,
+    name="django-eventsource, uvloop, without gc.freeze()",
+    environment={**PLAIN, "BENCH_FREEZE": "no"},
 )
 INSIDE = Contender(
     name="django-eventsource, without Handover",
@@ -95,14 +121,14 @@ EVENTSTREAM = Contender(
     listen="/eventstream/",
     publish="/eventstream/send",
     environment={**PLAIN, "BENCH_PEER": "django_eventstream"},
-    needs="django_eventstream",
+    needs=("django_eventstream",),
 )
 SSE_STARLETTE = Contender(
     name="sse-starlette",
     application="benchmarks.sse_starlette_app:application",
     listen="/x",
     publish="/x",
-    needs="sse_starlette",
+    needs=("sse_starlette",),
 )
 NCHAN = Contender(
     name="nginx with nchan", application="", listen="/listen", publish="/publish", server="nginx"
@@ -125,7 +151,7 @@ DAPHNE = Contender(
 
 @dataclass(frozen=True)
 class Running:
-    """A server that runs."""
+    """A running server."""
 
     port: int
     pids: list[int]
@@ -133,7 +159,7 @@ class Running:
 
 @contextmanager
 def run(contender: Contender, **environment: str) -> Iterator[Running]:
-    """Start a server on a free port, wait until it accepts, and end it."""
+    """Start a server on a free port, wait until it accepts connections, and stop it at the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="eventsource-bench-") as directory:
@@ -155,7 +181,7 @@ def run(contender: Contender, **environment: str) -> Iterator[Running]:
 
 
 def migrate(**environment: str) -> None:
-    """Make the tables of the database that the environment names."""
+    """Create the tables of the database in the environment variable."""
     command = [sys.executable, "-W", "ignore", "-m", "django", "migrate"]
     command += ["--verbosity", "0", "--skip-checks"]
     subprocess.run(command, cwd=ROOT, env=os.environ | DJANGO | environment, check=True)
@@ -172,11 +198,13 @@ def _command(contender: Contender, port: int, directory: Path) -> list[str]:
         return [_nginx(), "-p", str(directory), "-c", "nginx.conf"]
     python = [sys.executable, "-W", "ignore", "-m", contender.server]
     options = [*where[contender.server], str(port), *quiet[contender.server]]
+    if contender.server == "uvicorn":
+        options += contender.flavour
     return [*python, *options, contender.application]
 
 
 def _nchan() -> str:
-    """Give the path of nginx's module, if both are there."""
+    """Return the path of nginx's module, if both are installed."""
     found = [path for path in NCHAN_MODULES if Path(path).exists()]
     return found[0] if found and _nginx() else ""
 
@@ -199,7 +227,7 @@ def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def _children(pid: int) -> list[int]:
-    """Give a process's children: nginx's worker is one."""
+    """Return the children of a process, such as nginx's worker."""
     time.sleep(0.2)
     return [
         int(child)

@@ -1,7 +1,7 @@
-"""Bytecode instructions that a piece of work executes: a cost that no noise can change.
+"""Count the bytecode instructions of a piece of work: a cost that noise does not change.
 
-Only Python's own instructions are counted, in every function that runs; what C code does is
-not. So it is compared with other work of the same kind, in the same interpreter.
+Only Python's own instructions are counted, in every function that runs. C code is not counted.
+So compare the number with other work of the same kind, in the same interpreter.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ TOOL = 4
 
 
 class Count:
-    """How many there were."""
+    """The number of instructions."""
 
     def __init__(self) -> None:
         self.instructions = 0
         self.thread = threading.get_ident()
 
     def monitor(self, code: CodeType, offset: int) -> None:
-        """Receive what newer interpreters tell, of all threads."""
+        """Receive the events of newer interpreters, for all threads."""
         if threading.get_ident() == self.thread:
             self.instructions += 1
 
     def trace(self, frame: FrameType, event: str, argument: object) -> Any:
-        """Receive what the interpreter does."""
+        """Receive the trace events of the interpreter."""
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
         if event == "opcode":
@@ -40,7 +40,7 @@ class Count:
 
 @contextmanager
 def counted() -> Iterator[Count]:
-    """Count what this thread executes, in functions that are called from here on.
+    """Count what this thread executes in functions that are called during the block.
 
     Coroutines that were suspended before are counted when they are resumed.
     """

@@ -10,7 +10,7 @@
     )
     print(result["cpu_us_per_delivery"])
 
-What the options mean and what is measured is said in ``sseload.c``, and by ``sseload --help``.
+``sseload.c`` and ``sseload --help`` describe the options and the figures.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ Option: TypeAlias = Value | list[Value] | tuple[Value, ...]
 
 
 class LoadError(Exception):
-    """The load generator could not be made or did not do its work."""
+    """The load generator could not be compiled, or failed."""
 
 
 class NoCompilerError(LoadError):
-    """There is no C compiler."""
+    """No C compiler is installed."""
 
 
 def compiler() -> list[str]:
-    """Give the command of the C compiler: ``$CC``, or the first one that is there."""
+    """Return the command of the C compiler: ``$CC``, or the first one that is installed."""
     asked = shlex.split(os.environ.get("CC", ""))
     if asked:
         if shutil.which(asked[0]) is None:
@@ -64,10 +64,10 @@ def compiler() -> list[str]:
 
 
 def compile_to(target: Path, *flags: str) -> Path:
-    """Compile the source to a file, in one step for whoever looks at it."""
+    """Compile the source to a file, which other processes see complete or not at all."""
     command = compiler()
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Before it is read: what is changed from now on makes the file an old one.
+    # Before the source is read: a later change makes the compiled file outdated.
     modified = SOURCE.stat().st_mtime_ns
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".compiling-") as directory:
         made = Path(directory) / target.name
@@ -84,7 +84,7 @@ def compile_to(target: Path, *flags: str) -> Path:
 
 
 def build() -> Path:
-    """Give the compiled generator; compile it if the source is not the one that it is made of."""
+    """Return the compiled generator; compile it if the source has changed."""
     target = CACHE / "sseload"
     try:
         if target.stat().st_mtime_ns == SOURCE.stat().st_mtime_ns:
@@ -97,7 +97,7 @@ def build() -> Path:
 
 
 def arguments(options: dict[str, Option]) -> list[str]:
-    """Give options as the generator takes them; ``None`` leaves one out, a list repeats it."""
+    """Return options as command line arguments; ``None`` leaves one out, a list repeats it."""
     given: list[str] = []
     for name, option in options.items():
         values = option if isinstance(option, list | tuple) else [option]
@@ -107,7 +107,7 @@ def arguments(options: dict[str, Option]) -> list[str]:
 
 
 def run(**options: Option) -> dict[str, Any]:
-    """Run the generator to its end, and give what it measured."""
+    """Run the generator to its end, and return what it measured."""
     command = [str(build()), *arguments(options)]
     seconds = options.get("timeout")
     timeout = float(seconds) if isinstance(seconds, int | float) else TIMEOUT_SECONDS

@@ -1,4 +1,4 @@
-"""The measurements. Each compares what it measures within one run; figures are medians."""
+"""The measurements. Each compares figures of the same run; the figures are medians."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def streams(contender: Contender, running: Running, **options: Any) -> Result:
     warm = {**options, "listeners": 200, "events": 10, "rate": 50, "tokens": 1}
     load.run(**common, **warm, idle=0.3)
     if contender is contenders.NAIVE:
-        # It takes forty times as long: a few events are enough to see that.
+        # It takes forty times as long, so a few events are enough.
         options = {**options, "events": min(options["events"], 10), "rate": 1}
     result = load.run(**common, **options, idle=1.0, timeout=120)
     if result["lost"] or result["opened"] != options["listeners"]:
@@ -54,7 +54,7 @@ def streams(contender: Contender, running: Running, **options: Any) -> Result:
 def side_by_side(
     some: Iterable[Contender], rounds: int, options: Mapping[str, Any]
 ) -> dict[str, list[Result]]:
-    """Measure contenders in turn, again and again: what the machine does hits all alike."""
+    """Measure the contenders in turn, repeatedly, so that noise affects all of them alike."""
     results: dict[str, list[Result]] = {}
     for _ in range(rounds):
         for contender in some:
@@ -66,14 +66,14 @@ def side_by_side(
 
 
 def median(results: Sequence[Result], *names: str) -> float | None:
-    """Give the median of a figure, perhaps one that is nested; ``None`` if there is none."""
+    """Return the median of a figure, which may be nested; ``None`` if there is none."""
     figures = [_figure(result, names) for result in results]
     known = [figure for figure in figures if figure is not None]
     return statistics.median(known) if known else None
 
 
 def between(some: Sequence[Result], others: Sequence[Result], *names: str) -> float | None:
-    """Give the ratio of two medians."""
+    """Return the ratio of two medians."""
     one, other = median(some, *names), median(others, *names)
     return None if one is None or other is None else one / other
 
@@ -81,7 +81,7 @@ def between(some: Sequence[Result], others: Sequence[Result], *names: str) -> fl
 def ratio(
     results: Mapping[str, Sequence[Result]], one: Contender, other: Contender, *names: str
 ) -> float | None:
-    """Give the median of the ratios of each round; ``None`` where one was not measured."""
+    """Return the median of the ratios of each round; ``None`` if one was not measured."""
     if one.name not in results or other.name not in results:
         return None
     pairs = zip(results[one.name], results[other.name], strict=True)
@@ -101,7 +101,7 @@ def _figure(result: Result, names: Sequence[str]) -> float | None:
 
 
 def growth(some: Sequence[Contender], rounds: int) -> dict[str, dict[int, list[Result]]]:
-    """Measure with more and more listeners, at the same number of deliveries a second."""
+    """Measure increasing numbers of listeners, at the same number of deliveries a second."""
     found: dict[str, dict[int, list[Result]]] = {}
     for listeners in GROWTH:
         rate = PER_SECOND / listeners
@@ -113,7 +113,7 @@ def growth(some: Sequence[Contender], rounds: int) -> dict[str, dict[int, list[R
 
 
 def tokens(contender: Contender) -> dict[int, Result]:
-    """Measure a thousand listeners of one token, or of many."""
+    """Measure a thousand listeners of one token, and of many."""
     found = {}
     for count in TOKENS:
         rate = PER_SECOND / 1000 * count
@@ -127,7 +127,7 @@ def tokens(contender: Contender) -> dict[int, Result]:
 
 
 def opening(rounds: int) -> dict[str, list[Result]]:
-    """Open streams, and ask a bare async view as often, with Django's default middleware."""
+    """Open streams, and request a bare async view as often, with Django's default middleware."""
     ours = Contender(
         name="a stream",
         application=contenders.HANDED_OVER.application,
@@ -175,16 +175,16 @@ def attacked(contender: Contender, rounds: int) -> dict[str, list[Result]]:
 
 
 def broker(contender: Contender) -> dict[int, float]:
-    """Count what a publish asks of Redis: scripts that append, and messages; by listeners."""
+    """Count the requests to Redis of one publish: append scripts and messages, by listeners."""
     found = {}
     with tempfile.TemporaryDirectory() as directory, valkey(directory) as url:
         redis = {"BENCH_HISTORY": "redis", "BENCH_LAYER": "redis", "BENCH_REDIS": url}
         for listeners in (1, GROWTH[-1]):
             asked = []
             with contenders.run(contender, **redis) as running:
-                # The same time with one event: what is asked anyway is in both.
+                # The same time with one event, to subtract the requests that are not for events.
                 for events, stay in ((1, 6.0), (31, 0.0)):
-                    before = _asked(url)
+                    before = _redis_counts(url)
                     load.run(
                         port=running.port,
                         listen=contender.listen,
@@ -195,14 +195,14 @@ def broker(contender: Contender) -> dict[int, float]:
                         stay=stay,
                         timeout=120,
                     )
-                    asked.append(_asked(url) - before)
+                    asked.append(_redis_counts(url) - before)
             found[listeners] = (asked[1] - asked[0]) / 30
             print(f"  {listeners} listeners: {found[listeners]:.2f} a publish", flush=True)
     return found
 
 
-def _asked(url: str) -> int:
-    """Give how many events were appended, each by a script, and how many messages were sent."""
+def _redis_counts(url: str) -> int:
+    """Return how many append scripts ran, and how many messages were sent."""
     with closing(Redis.from_url(url)) as client:
         stats: Any = client.info("commandstats")
     return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("xadd", "publish"))

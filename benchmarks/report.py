@@ -1,4 +1,4 @@
-"""The report: tables in reStructuredText and plots, written into ``docs/``."""
+"""The report: tables in reStructuredText and plots, written into the performance page."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "explanation"
 PAGE = DOCS / "performance.rst"
 BEGIN, END = ".. figures begin", ".. figures end"
 COLOURS = ("#0b6e99", "#c4552d", "#6a994e", "#7b5ea7", "#555555", "#d4a017", "#2a9d8f")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], widths: str) -> str:
-    """Give a table of text."""
+    """Return a table as text."""
     lines = [".. list-table::", "   :header-rows: 1", f"   :widths: {widths}", ""]
     for row in (header, *rows):
         for n, cell in enumerate(row):
@@ -22,12 +22,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], widths: str) 
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """Give a figure as text; ``n/a`` for one that there is not."""
+    """Return a figure as text; ``n/a`` for a missing one."""
     return "n/a" if value is None else f"{value:,.{digits}f}"
 
 
 def write(figures: str) -> None:
-    """Put the figures into the page, between its marks."""
+    """Write the figures into the page, between its marks."""
     text = PAGE.read_text()
     before, rest = text.split(BEGIN, 1)
     _, after = rest.split(END, 1)

@@ -1,9 +1,11 @@
-"""The settings of the Django projects that are measured: those of `startproject`, and ours.
+"""The settings of the Django projects that are measured: those of `startproject`, and this app's.
 
-``BENCH_HISTORY`` is ``memory`` (if not given), ``database`` or ``redis``; ``BENCH_LAYER``
-``memory`` or ``redis``; ``BENCH_REDIS`` the URL of a server; ``BENCH_DATABASE`` the path of an
-SQLite file, or the URL of a PostgreSQL server. ``BENCH_MIDDLEWARE=none`` leaves all middleware
-out; ``BENCH_PEER=django_eventstream`` adds an app; ``BENCH_LOGIN_RATE=none`` throttles no logins.
+``BENCH_HISTORY`` is ``memory`` (default), ``database`` or ``redis``; ``BENCH_LAYER`` is
+``memory`` or ``redis``; ``BENCH_REDIS`` is the URL of a server; ``BENCH_DATABASE`` is the path of
+an SQLite file, or the URL of a PostgreSQL server. ``BENCH_MIDDLEWARE=none`` removes all
+middleware; ``BENCH_PEER=django_eventstream`` adds an app; ``BENCH_LOGIN_RATE=none`` throttles no
+logins; with ``BENCH_WAKE_UP=off`` the database does not wake the hubs;
+``BENCH_WRITE_TO_TRANSPORT=no`` uses only the server's ``send``.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ if DATABASE.startswith("postgresql:"):
         "PORT": str(url.port or ""),
     }
 LOGGING_CONFIG = None
-# A line for each refused login would be a good part of what is measured.
+# Logging a line for each refused login would distort the measurement.
 logging.getLogger("django.request").setLevel(logging.ERROR)
 
 REDIS = os.environ.get("BENCH_REDIS", "")
@@ -72,9 +74,13 @@ CHANNEL_LAYERS = {
 EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
 if os.environ.get("BENCH_LOGIN_RATE") == "none":
     EVENTSOURCE_LOGIN_RATE = None
+EVENTSOURCE_WRITE_TO_TRANSPORT = os.environ.get("BENCH_WRITE_TO_TRANSPORT") != "no"
 EVENTSOURCE_HISTORY = {
     "memory": {"BACKEND": "django_eventsource.history.memory.MemoryHistory"},
-    "database": {"BACKEND": "django_eventsource.history.database.DatabaseHistory"},
+    "database": {
+        "BACKEND": "django_eventsource.history.database.DatabaseHistory",
+        "OPTIONS": {"WAKE_UP": False} if os.environ.get("BENCH_WAKE_UP") == "off" else {},
+    },
     "redis": {
         "BACKEND": "django_eventsource.history.redis.RedisHistory",
         "OPTIONS": {"HOSTS": [REDIS]},

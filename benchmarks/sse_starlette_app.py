@@ -1,4 +1,4 @@
-"""The same with sse-starlette: a queue for each listener, as its documentation has it."""
+"""The same work with sse-starlette: a queue for each listener, as in its documentation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ queues: set[asyncio.Queue[str]] = set()
 
 
 async def listen(request: Request) -> EventSourceResponse:
-    """Stream what comes."""
+    """Stream what arrives."""
 
     async def events() -> AsyncIterator[ServerSentEvent]:
         queue: asyncio.Queue[str] = asyncio.Queue()
@@ -31,7 +31,7 @@ async def listen(request: Request) -> EventSourceResponse:
 
 
 async def publish(request: Request) -> Response:
-    """Hand the body to every listener."""
+    """Pass the body to every listener."""
     text = (await request.body()).decode()
     for queue in queues:
         queue.put_nowait(text)

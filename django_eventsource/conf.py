@@ -1,240 +1,113 @@
-"""The settings, read live: one typed property for each.
+"""The settings, as typed attributes of one object.
 
-``django.conf.settings`` is asked at every access, so ``override_settings`` just works.
-Each property raises ``ImproperlyConfigured`` naming the setting, its value and what is
-expected; the system checks report the same sentences at start.
+``django.conf.settings`` is read at every access, so ``override_settings`` has its effect at once.
+Each attribute raises ``ImproperlyConfigured`` with the name of the setting, its value and what is
+expected. The system checks report the same text at start.
 """
 
-from __future__ import annotations
-
-import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from .events import MAX_ACTION_LENGTH, RESERVED, Event, check_field
+from .events import Event
 from .exceptions import InvalidEvent
+from .protocol.field_rules import ANY_ACTION, check_action
+
+T = TypeVar("T")
 
 MAX_NUMBER = 10**12
-RETRY_RANGE = "a pair of positive whole numbers, (least, greatest)"
+"""The largest number that a setting may have."""
+LEAST_SECRET = 16
+"""The fewest characters of a secret in the settings."""
 DEFAULT_HISTORY = "django_eventsource.history.database.DatabaseHistory"
 
 
-class Conf:
-    """Every ``EVENTSOURCE_*`` setting as a property, with its default."""
-
-    @property
-    def event_class(self) -> type[Event]:
-        """``EVENTSOURCE_EVENT_CLASS``: dotted path of an Event class."""
-        name = "EVENTSOURCE_EVENT_CLASS"
-        path = _get(name, "django_eventsource.events.StringIdEvent")
-        value = _load(name, path)
-        if not (isinstance(value, type) and issubclass(value, Event)):
-            raise ImproperlyConfigured(
-                f"{name} must name a subclass of django_eventsource.events.Event, not {path!r}."
-            )
-        return check_event_class(value)
-
-    @property
-    def history(self) -> tuple[str, dict[str, Any]]:
-        """``EVENTSOURCE_HISTORY``: the backend's dotted path and its options."""
-        name = "EVENTSOURCE_HISTORY"
-        value = _get(name, {})
-        if not isinstance(value, Mapping) or set(value) - {"BACKEND", "OPTIONS"}:
-            raise ImproperlyConfigured(
-                f'{name} must be a dictionary with "BACKEND" and "OPTIONS", not {value!r}.'
-            )
-        options = value.get("OPTIONS", {})
-        if not isinstance(options, Mapping):
-            raise ImproperlyConfigured(f"{name} OPTIONS must be a dictionary, not {options!r}.")
-        return value.get("BACKEND", DEFAULT_HISTORY), dict(options)
-
-    @property
-    def policy(self) -> type[Any]:
-        """``EVENTSOURCE_POLICY``: dotted path of a policy class."""
-        name = "EVENTSOURCE_POLICY"
-        path = _get(name, "django_eventsource.policies.DefaultPolicy")
-        value = _load(name, path)
-        hooks = (getattr(value, hook, None) for hook in ("can_listen", "can_send"))
-        if not all(inspect.iscoroutinefunction(hook) for hook in hooks):
-            raise ImproperlyConfigured(
-                f"{name} must name a class with `async def can_listen()` and `async def "
-                f"can_send()`, not {path!r}."
-            )
-        return value  # type: ignore[no-any-return]
-
-    @property
-    def channel_layer(self) -> str:
-        """``EVENTSOURCE_CHANNEL_LAYER``: an alias in ``CHANNEL_LAYERS``."""
-        name = "EVENTSOURCE_CHANNEL_LAYER"
-        value = _get(name, "default")
-        configured = getattr(settings, "CHANNEL_LAYERS", {})
-        if not isinstance(value, str) or (value != "default" and value not in configured):
-            raise ImproperlyConfigured(
-                f"{name} must be an alias in CHANNEL_LAYERS "
-                f"({', '.join(configured) or 'none there'}), not {value!r}."
-            )
-        return value
-
-    @property
-    def keepalive_seconds(self) -> float | None:
-        """``EVENTSOURCE_KEEPALIVE_SECONDS``: longest silence on a stream, or ``None``."""
-        return _positive("EVENTSOURCE_KEEPALIVE_SECONDS", 15.0)
-
-    @property
-    def retry_ms(self) -> int | None:
-        """``EVENTSOURCE_RETRY_MS``: the reconnection time sent first, or ``None``."""
-        return _positive_int("EVENTSOURCE_RETRY_MS", None, or_none=True)
-
-    @property
-    def poll_seconds(self) -> float | None:
-        """``EVENTSOURCE_POLL_SECONDS``: time between head checks; ``None`` picks it."""
-        return _positive("EVENTSOURCE_POLL_SECONDS", None)
-
-    @property
-    def prune_seconds(self) -> float | None:
-        """``EVENTSOURCE_PRUNE_SECONDS``: time between a server's prunes, or ``None``."""
-        return _positive("EVENTSOURCE_PRUNE_SECONDS", 60.0)
-
-    @property
-    def grant_seconds(self) -> float:
-        """``EVENTSOURCE_GRANT_SECONDS``: lifetime of a grant that names none."""
-        return _positive("EVENTSOURCE_GRANT_SECONDS", 86_400.0, or_none=False) or 0.0
-
-    @property
-    def max_event_bytes(self) -> int:
-        """``EVENTSOURCE_MAX_EVENT_BYTES``: the largest event as it is sent, and POST body."""
-        return _positive_int("EVENTSOURCE_MAX_EVENT_BYTES", 1024 * 1024) or 0
-
-    @property
-    def stream_buffer_bytes(self) -> int:
-        """``EVENTSOURCE_STREAM_BUFFER_BYTES``: what one stream may hold back for its reader."""
-        return _positive_int("EVENTSOURCE_STREAM_BUFFER_BYTES", 256 * 1024) or 0
-
-    @property
-    def stream_stall_seconds(self) -> float | None:
-        """``EVENTSOURCE_STREAM_STALL_SECONDS``: how long a reader may take nothing."""
-        return _positive("EVENTSOURCE_STREAM_STALL_SECONDS", 30.0)
-
-    @property
-    def stream_max_age_seconds(self) -> float | None:
-        """``EVENTSOURCE_STREAM_MAX_AGE_SECONDS``: how long a stream may be open."""
-        return _positive("EVENTSOURCE_STREAM_MAX_AGE_SECONDS", 3600.0)
-
-    @property
-    def stream_max_tokens(self) -> int:
-        """``EVENTSOURCE_STREAM_MAX_TOKENS``: how many tokens one stream may carry."""
-        return _positive_int("EVENTSOURCE_STREAM_MAX_TOKENS", 16) or 0
-
-    @property
-    def recheck_seconds(self) -> float | None:
-        """``EVENTSOURCE_RECHECK_SECONDS``: time between two looks at a listener's rights."""
-        return _positive("EVENTSOURCE_RECHECK_SECONDS", 60.0)
-
-    @property
-    def presence_seconds(self) -> float | None:
-        """``EVENTSOURCE_PRESENCE_SECONDS``: how old a list of listeners may be, or ``None``."""
-        return _positive("EVENTSOURCE_PRESENCE_SECONDS", 5.0)
-
-    @property
-    def max_streams(self) -> int | None:
-        """``EVENTSOURCE_MAX_STREAMS``: streams of one process."""
-        return _positive_int("EVENTSOURCE_MAX_STREAMS", None, or_none=True)
-
-    @property
-    def max_streams_per_token(self) -> int | None:
-        """``EVENTSOURCE_MAX_STREAMS_PER_TOKEN``: the same for each token."""
-        return _positive_int("EVENTSOURCE_MAX_STREAMS_PER_TOKEN", None, or_none=True)
-
-    @property
-    def max_streams_per_user(self) -> int | None:
-        """``EVENTSOURCE_MAX_STREAMS_PER_USER``: the same for each user."""
-        return _positive_int("EVENTSOURCE_MAX_STREAMS_PER_USER", None, or_none=True)
-
-    @property
-    def max_streams_per_address(self) -> int | None:
-        """``EVENTSOURCE_MAX_STREAMS_PER_ADDRESS``: the same for each client address."""
-        return _positive_int("EVENTSOURCE_MAX_STREAMS_PER_ADDRESS", None, or_none=True)
-
-    @property
-    def send_rate(self) -> tuple[int, float] | None:
-        """``EVENTSOURCE_SEND_RATE``: events, and seconds in which one sender may post them."""
-        return _rate("EVENTSOURCE_SEND_RATE", None, "events")
-
-    @property
-    def coalesce_seconds(self) -> float | None:
-        """``EVENTSOURCE_COALESCE_SECONDS``: a busy token is passed on at most that often."""
-        return _positive("EVENTSOURCE_COALESCE_SECONDS", 0.005)
-
-    @property
-    def login_rate(self) -> tuple[int, float] | None:
-        """``EVENTSOURCE_LOGIN_RATE``: failed logins of a user at an address, and seconds."""
-        return _rate("EVENTSOURCE_LOGIN_RATE", (10, 60.0), "failures")
-
-    @property
-    def retry_range_ms(self) -> tuple[int, int]:
-        """``EVENTSOURCE_RETRY_RANGE_MS``: least and greatest reconnection time to be posted."""
-        name = "EVENTSOURCE_RETRY_RANGE_MS"
-        value = _get(name, (100, 3_600_000))
-        pair = isinstance(value, list | tuple) and len(value) == 2
-        if not pair or not all(type(number) is int for number in value):
-            raise number_error(name, value, RETRY_RANGE)
-        least, most = value
-        if not 0 < least <= most <= MAX_NUMBER:
-            raise number_error(name, value, RETRY_RANGE)
-        return least, most
-
-
-PROPERTIES = [name for name, value in vars(Conf).items() if isinstance(value, property)]
-
-conf = Conf()
+# The names of each class that were checked last, because every publish() checks them.
+_checked: WeakKeyDictionary[type[Event], tuple[Sequence[str], str]] = WeakKeyDictionary()
 
 
 def check_event_class(event_class: type[Event]) -> type[Event]:
-    """Check that the actions of a class are a list of names, none of them reserved.
+    """Return an Event class whose actions are valid names, or ``"*"`` for every valid name.
 
-    :raises ImproperlyConfigured: when it does not.
+    :raises ImproperlyConfigured: if they are not.
     """
-    where = f"{event_class.__module__}.{event_class.__qualname__}"
     actions = event_class.ACTIONS
-    if not isinstance(actions, list | tuple) or not all(map(_is_action, actions)):
+    if _checked.get(event_class) == (actions, event_class.LISTEN):
+        return event_class
+    where = f"{event_class.__module__}.{event_class.__qualname__}"
+    if not isinstance(actions, list | tuple):
         raise ImproperlyConfigured(
-            f"{where}.ACTIONS must be a list of action names, without slashes or line ends, "
-            f"not {actions!r}."
+            f'{where}.ACTIONS must be a list of action names, or ["*"], not {actions!r}.'
         )
-    if not _is_action(event_class.LISTEN):
-        raise ImproperlyConfigured(
-            f"{where}.LISTEN must be an action name, not {event_class.LISTEN!r}."
-        )
-    for action in (*actions, event_class.LISTEN):
-        if action in RESERVED:
-            raise ImproperlyConfigured(
-                f"{where} lists the action {action!r}, which is reserved for events that the "
-                "streams themselves send. Choose another name."
-            )
+    for action in actions:
+        if action != ANY_ACTION:
+            _check_action(f"{where}.ACTIONS", action)
+    _check_action(f"{where}.LISTEN", event_class.LISTEN)
+    # A copy, because the list may be changed.
+    _checked[event_class] = (actions[:], event_class.LISTEN)
     return event_class
 
 
-def _is_action(name: object) -> bool:
-    if not isinstance(name, str) or "/" in name:
-        return False
-    try:
-        check_field("action", name, MAX_ACTION_LENGTH)
-    except InvalidEvent:
-        return False
-    return True
+def check_positive(name: str, value: Any, expected: str = "a positive number") -> float:
+    """Return a positive number as a float.
+
+    :param name: the setting or argument, for the error.
+    :param expected: what is expected, for the error.
+    :raises ImproperlyConfigured: if the value is not a positive number up to :data:`MAX_NUMBER`.
+    """
+    if not _is_positive(value, int | float):
+        raise number_error(name, value, expected)
+    return float(value)
+
+
+def check_positive_or_none(name: str, value: Any) -> float | None:
+    """Do the same as :func:`check_positive`, but return ``None`` for ``None``."""
+    return None if value is None else check_positive(name, value, "a positive number or None")
+
+
+def check_count(name: str, value: Any, expected: str = "a positive whole number") -> int:
+    """Return a positive whole number.
+
+    :param name: the setting or argument, for the error.
+    :param expected: what is expected, for the error.
+    :raises ImproperlyConfigured: if the value is not a positive whole number up to
+        :data:`MAX_NUMBER`.
+    """
+    if not _is_positive(value, int):
+        raise number_error(name, value, expected)
+    return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return a flag.
+
+    :param name: the setting or argument, for the error.
+    :raises ImproperlyConfigured: if the value is neither ``True`` nor ``False``.
+    """
+    if not isinstance(value, bool):
+        raise ImproperlyConfigured(f"{name} must be True or False, not {value!r}.")
+    return value
 
 
 def number_error(name: str, value: object, expected: str) -> ImproperlyConfigured:
-    """Give the error of a number out of its range."""
+    """Return the error of a number that is not in its range."""
     return ImproperlyConfigured(f"{name} must be {expected}, not {value!r}.")
 
 
-def _get(name: str, default: Any) -> Any:
-    return getattr(settings, name, default)
+def _is_positive(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value <= MAX_NUMBER
+
+
+def _check_action(where: str, action: object) -> None:
+    try:
+        check_action(action)
+    except InvalidEvent as error:
+        raise ImproperlyConfigured(f"{where} has an action that is not valid. {error}") from error
 
 
 def _load(name: str, path: object) -> Any:
@@ -248,47 +121,165 @@ def _load(name: str, path: object) -> Any:
         ) from error
 
 
-def _positive(name: str, default: float | None, *, or_none: bool = True) -> float | None:
-    return check_positive(name, _get(name, default), or_none=or_none)
+def _event_class(name: str, path: object) -> type[Event]:
+    value = _load(name, path)
+    if not (isinstance(value, type) and issubclass(value, Event)):
+        raise ImproperlyConfigured(
+            f"{name} must name a subclass of django_eventsource.events.Event, not {path!r}."
+        )
+    return check_event_class(value)
 
 
-def check_positive(name: str, value: Any, *, or_none: bool = True) -> float | None:
-    """Give a positive number back, as a float.
-
-    :raises ImproperlyConfigured: when it is none.
-    """
-    if value is None and or_none:
-        return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= MAX_NUMBER:
-        suffix = " or None" if or_none else ""
-        raise number_error(name, value, f"a positive number{suffix}")
-    return float(value)
+def _history(name: str, value: Any) -> tuple[str, dict[str, Any]]:
+    if not isinstance(value, Mapping) or set(value) - {"BACKEND", "OPTIONS"}:
+        raise ImproperlyConfigured(
+            f'{name} must be a dictionary with "BACKEND" and "OPTIONS", not {value!r}.'
+        )
+    options = value.get("OPTIONS", {})
+    if not isinstance(options, Mapping):
+        raise ImproperlyConfigured(f"{name} OPTIONS must be a dictionary, not {options!r}.")
+    return value.get("BACKEND", DEFAULT_HISTORY), dict(options)
 
 
-def _rate(name: str, default: tuple[int, float] | None, what: str) -> tuple[int, float] | None:
-    value = _get(name, default)
-    if value is None:
-        return None
-    error = number_error(name, value, f"None or a pair of positive numbers, ({what}, seconds)")
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise error
-    number, seconds = value
-    try:
-        check_positive(name, number, or_none=False)
-        check_positive(name, seconds, or_none=False)
-    except ImproperlyConfigured:
-        raise error from None
-    if not isinstance(number, int):
-        raise error
-    return number, float(seconds)
-
-
-def _positive_int(name: str, default: int | None, *, or_none: bool = False) -> int | None:
-    value = _get(name, default)
-    if value is None and or_none:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        suffix = " or None" if or_none else ""
-        raise number_error(name, value, f"a positive whole number{suffix}")
+def _layer_alias(name: str, value: Any) -> str:
+    configured = getattr(settings, "CHANNEL_LAYERS", {})
+    if not isinstance(value, str) or (value != "default" and value not in configured):
+        raise ImproperlyConfigured(
+            f"{name} must be an alias in CHANNEL_LAYERS "
+            f"({', '.join(configured) or 'none there'}), not {value!r}."
+        )
     return value
+
+
+def _count_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else check_count(name, value, "a positive whole number or None")
+
+
+def _secret_or_none(name: str, value: Any) -> str | None:
+    if value is None or (
+        isinstance(value, str)
+        and len(value) >= LEAST_SECRET
+        and value.isascii()
+        and value.isprintable()
+        and " " not in value
+    ):
+        return value
+    # The error does not contain a text, which may be a secret.
+    given = f"a text of {len(value)}" if isinstance(value, str) else repr(value)
+    raise ImproperlyConfigured(
+        f"{name} must be None or a text of at least {LEAST_SECRET} ASCII characters without "
+        f"spaces, not {given}."
+    )
+
+
+def _rate(counted: str, name: str, value: Any) -> tuple[int, float] | None:
+    match value:
+        case None:
+            return None
+        case count, seconds if _is_positive(count, int) and _is_positive(seconds, int | float):
+            return count, float(seconds)
+    expected = f"None or a pair of positive numbers, ({counted}, seconds)"
+    raise number_error(name, value, expected)
+
+
+def _retry_range(name: str, value: Any) -> tuple[int, int]:
+    match value:
+        case least, most if _is_positive(least, int) and _is_positive(most, int) and least <= most:
+            return least, most
+    raise number_error(name, value, "a pair of positive whole numbers, (least, greatest)")
+
+
+class Setting(Generic[T]):
+    """An attribute that reads, checks and returns an ``EVENTSOURCE_*`` setting.
+
+    :param check: receives the name of the setting and its value, and returns the checked value.
+    :param default: the value if the project does not define the setting.
+    """
+
+    def __init__(self, check: Callable[[str, Any], T], default: Any) -> None:
+        self._check = check
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"EVENTSOURCE_{name.upper()}"
+
+    def __get__(self, instance: object, owner: type) -> T:
+        return self._check(self._name, getattr(settings, self._name, self._default))
+
+    def define_default(self) -> None:
+        """Define the setting with its default, unless the project defines it."""
+        if not hasattr(settings, self._name):
+            setattr(settings, self._name, self._default)
+
+
+class Conf:
+    """Every ``EVENTSOURCE_*`` setting, with its default."""
+
+    event_class = Setting(_event_class, "django_eventsource.events.StringIdEvent")
+    """The Event class for URLs, ``publish()`` and commands that name no other one."""
+    history = Setting(_history, {})
+    """The dotted path of the history's class, and a copy of its options."""
+    policy = Setting(_load, "django_eventsource.policies.DefaultPolicy")
+    """The policy class. ``policies.make_policy()`` checks it."""
+    channel_layer = Setting(_layer_alias, "default")
+    """The alias of the channel layer in ``CHANNEL_LAYERS``."""
+    keepalive_seconds = Setting(check_positive_or_none, 15.0)
+    """Seconds without data after which a stream sends a keepalive; ``None`` disables it."""
+    retry_ms = Setting(_count_or_none, None)
+    """The reconnection time in milliseconds that a stream sends first; ``None`` sends none."""
+    poll_seconds = Setting(check_positive_or_none, None)
+    """Seconds between two history checks; ``None`` chooses them by the channel layer."""
+    prune_seconds = Setting(check_positive_or_none, 60.0)
+    """Seconds between two prunes of a server process; ``None`` disables them."""
+    grant_seconds = Setting(check_positive, 86_400.0)
+    """Seconds for which a grant is valid if ``make_grant()`` receives no ``seconds``."""
+    max_event_bytes = Setting(check_count, 1024 * 1024)
+    """The largest encoded event and the largest body of a POST, in bytes."""
+    stream_buffer_bytes = Setting(check_count, 256 * 1024)
+    """The most bytes that one stream buffers for a slow client."""
+    stream_stall_seconds = Setting(check_positive_or_none, 30.0)
+    """Seconds without progress after which a stream is disconnected; ``None``: no limit."""
+    stream_max_age_seconds = Setting(check_positive_or_none, 3600.0)
+    """Seconds after which a stream ends and its client reconnects; ``None``: no limit."""
+    stream_max_tokens = Setting(check_count, 16)
+    """The most tokens of one stream."""
+    recheck_seconds = Setting(check_positive_or_none, 60.0)
+    """Seconds between two permission checks of an open stream; ``None`` disables them."""
+    presence_seconds = Setting(check_positive_or_none, 5.0)
+    """The greatest age of ``listeners()`` in seconds; ``None`` disables the list."""
+    max_streams = Setting(_count_or_none, None)
+    """The most streams of one process; ``None``: no limit."""
+    max_streams_per_token = Setting(_count_or_none, None)
+    """The most streams of one token in one process; ``None``: no limit."""
+    max_streams_per_user = Setting(_count_or_none, None)
+    """The most streams of one user in one process; ``None``: no limit."""
+    max_streams_per_address = Setting(_count_or_none, None)
+    """The most streams of one client address in one process; ``None``: no limit."""
+    send_rate = Setting(partial(_rate, "events"), None)
+    """The most events that one user may post, and in how many seconds; ``None``: no limit."""
+    coalesce_seconds = Setting(check_positive_or_none, 0.005)
+    """The fewest seconds between two batches of a busy token; ``None`` disables batches."""
+    login_rate = Setting(partial(_rate, "failures"), (10, 60.0))
+    """The most failed logins of a user at an address, and in how many seconds; ``None``: no
+    limit."""
+    retry_range_ms = Setting(_retry_range, (100, 3_600_000))
+    """The least and the greatest reconnection time that may be posted, in milliseconds."""
+    write_to_transport = Setting(check_flag, True)
+    """Whether events are written to the server's transport where that is possible."""
+    metrics_token = Setting(_secret_or_none, None)
+    """The bearer token with which the metrics may be read; ``None`` closes them."""
+
+
+conf = Conf()
+
+PROPERTIES = [name for name, value in vars(Conf).items() if isinstance(value, Setting)]
+
+
+def define_defaults() -> None:
+    """Define the settings that the project does not define, as Django does with its own settings.
+
+    Django finds a setting that is defined much faster, because it raises two exceptions for one
+    that is not. Each ``publish()`` reads several.
+    """
+    for name in PROPERTIES:
+        vars(Conf)[name].define_default()

@@ -1,82 +1,71 @@
-"""Event classes: what may be sent, how its value is read, and what is guaranteed.
+"""Event classes: the actions, the values and the guarantee of events.
 
-The names and the extension points are those of the classic tornado library
-``eventsource``, so that an Event class written for it ports by changing an import.
+The names and the hooks are those of the classic Tornado library ``eventsource``. To port an Event
+class that was written for it, change its import.
 
-The class decides the guarantee. ``id = None``: live only, never stored, delivered
-at most once. Any other ``id``: durable, stored in the history and replayed.
+The class decides the guarantee. Events of a class with ``id = None`` are live-only: not stored,
+received at most once. Events of a class with any other ``id`` are durable: stored in the history
+and replayed.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .exceptions import InvalidEvent
+from django.core.serializers.json import DjangoJSONEncoder
 
-CURSOR_MARK = "~"
-"""How the last event id of a stream with several tokens begins: no event's own id does."""
-RESET = "reset"
-"""The reserved action that tells a listener that it missed events."""
-CURSOR = "cursor"
-"""The reserved action that carries a cursor to clients that ignore an id without data."""
-RESERVED = (RESET, CURSOR)
+from .exceptions import InvalidEvent, UnknownAction
+from .protocol.field_rules import (
+    ANY_ACTION,
+    MAX_ACTION_LENGTH,
+    PACKAGE_ACTIONS,
+    check_action,
+    check_field,
+    shown,
+    split_lines,
+)
 
-MAX_ACTION_LENGTH = 255
-MAX_ID_LENGTH = 255
+__all__ = [
+    "Event",
+    "EventId",
+    "JSONEvent",
+    "JSONIdEvent",
+    "StringEvent",
+    "StringIdEvent",
+    "is_durable",
+]
 
-_FORBIDDEN = {"\r": "CR", "\n": "LF", "\0": "NUL"}
-_VISIBLE_ASCII = re.compile(r"[!-~]+")
-_RETRY = re.compile(r"[0-9]{1,15}")
-
-
-def unify_line_ends(text: str) -> str:
-    """Replace CRLF and CR, which end a line of an event stream as LF does, by LF."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def split_lines(text: str) -> list[str]:
-    """Split at CRLF, CR and LF, the line ends of an event stream, and at no others."""
-    return unify_line_ends(text).split("\n")
-
-
-class _ComputedId:
-    """A computed ``id``, computed once: one event has one id."""
-
-    def __init__(self, compute: Callable[[Any], object]) -> None:
-        self._compute = compute
-
-    def __get__(self, event: Event | None, owner: type[Event]) -> Any:
-        if event is None:
-            return self
-        if event._id is None:
-            value = self._compute(event)
-            event._id = None if value is None else str(value)
-        return event._id
+BROWSER_ACTIONS = ("open", "error")
+"""The names of the events that a browser's EventSource itself dispatches."""
 
 
 class Event:
-    """One event: a token, an action, a value, and perhaps an id.
+    """One event: a token, an action, a value and, in a durable class, an id.
 
     :param token: the token whose listeners receive it.
     :param action: the event type on the wire.
-    :param value: what :meth:`set_value` accepts.
-    :raises ValueError: when the value is malformed, or the action could not be sent.
+    :param value: a value that :meth:`set_value` accepts.
+    :raises ValueError: if the value is malformed, or the action cannot be sent.
     """
 
     LISTEN = "poll"
     """The action that opens a stream with GET."""
     FINISH = "close"
-    """The action that ends the streams of a token, after its event was received."""
+    """The action that closes a token: its listeners receive the event, and their streams end."""
     RETRY = "retry"
-    """The action that sets the listeners' reconnection time, in milliseconds."""
+    """The action that sets the reconnection time of the listeners, in milliseconds."""
     ACTIONS: list[str] = [FINISH]
-    """The actions that may be published."""
+    """The actions that may be published. ``"*"`` allows every action that is a valid name."""
     content_type = "text/plain"
-    """The media type a POST is expected to carry: announced in ``Accept``, not enforced."""
+    """The media type of a POST. It is announced in the ``Accept`` header, and not enforced."""
+
+    internal = False
+    """Whether the package publishes the event to its own processes. ``event_published`` is not
+    sent for it, and publishing it does not wait for a store that does not respond."""
 
     _id: str | None = None
     _seq: int | None = None
@@ -85,7 +74,7 @@ class Event:
 
         @property
         def id(self) -> Any:
-            """The id on the wire. A class whose ``id`` is ``None`` is live only."""
+            """The id on the wire; ``None`` in a live-only class."""
     else:
         id = None
 
@@ -114,13 +103,14 @@ class Event:
     # Hooks
 
     def get_value(self) -> list[str]:
-        """Give the value as a list of lines; override to change what is sent."""
+        """Return the value as a list of lines. Override it to change the data that is sent."""
         return split_lines(self._value)
 
     def set_value(self, value: Any) -> None:
-        """Take the value; override to check or convert it.
+        """Set the value. Override it to check or convert the value.
 
-        :raises ValueError: when the value is malformed.
+        :param value: a string; ``None`` is the empty string.
+        :raises ValueError: if the value is malformed.
         """
         if value is None:
             value = ""
@@ -132,7 +122,7 @@ class Event:
 
     @property
     def value(self) -> Any:
-        """The value's lines; setting it goes through :meth:`set_value`."""
+        """The lines of the value. Assigning to it calls :meth:`set_value`."""
         return self.get_value()
 
     @value.setter
@@ -140,127 +130,201 @@ class Event:
         self.set_value(value)
 
 
+class _ComputedId:
+    """The ``id`` of a class that computes it, computed once for each event."""
+
+    def __init__(self, compute: Callable[[Any], object]) -> None:
+        self._compute = compute
+
+    def __get__(self, event: Event | None, owner: type[Event]) -> Any:
+        if event is None:
+            return self
+        if event._id is None:
+            value = self._compute(event)
+            event._id = None if value is None else str(value)
+        return event._id
+
+
 class EventId(Event):
-    """Mixin: events are durable and their id is the history's sequence number."""
+    """Mixin for durable events whose id is the sequence number in the history."""
 
     def get_id(self) -> str | None:
-        """The sequence number as text, or ``None`` until the event is in the history."""
+        """Return the sequence number as text, or ``None`` before the event is in the history."""
         return None if self._seq is None else str(self._seq)
 
     id = property(get_id)
 
 
 class StringEvent(Event):
-    """A multi-line string, live only."""
+    """A live-only string of one or more lines."""
 
     ACTIONS = ["ping", Event.FINISH]
 
 
 class JSONEvent(Event):
-    """A JSON value, sent on one line, live only.
+    """A live-only JSON value, sent on one line.
 
-    A string value is JSON text; any other value is encoded. An empty value is
-    ``null`` for :attr:`~Event.FINISH` and an error for every other action.
+    A value that is a string must be JSON text, which is encoded again. Other values are encoded:
+    all that Django's ``DjangoJSONEncoder`` accepts, such as dates, decimals, UUIDs and lazy
+    strings, and instances of dataclasses, pydantic models and msgspec Structs, nested anywhere.
+    An empty string is ``null`` for the action :attr:`~Event.FINISH`, and an error for other
+    actions.
     """
 
     ACTIONS = ["ping", Event.FINISH]
     content_type = "application/json"
 
+    _text: str | None = None
+    """The encoded value; ``None`` if the value may have changed."""
+
+    @property
+    def _value(self) -> Any:
+        # A subclass may change the value that it reads, so the value is encoded again.
+        self._text = None
+        return self._decoded
+
+    @_value.setter
+    def _value(self, value: Any) -> None:
+        self._text = None
+        self._decoded = value
+
     def get_value(self) -> list[str]:
-        return [json.dumps(self._value)]
+        return [encode_json(self._value) if self._text is None else self._text]
 
     def set_value(self, value: Any) -> None:
-        if value == "" and self.action == self.FINISH:
-            value = None
-        try:
-            if isinstance(value, str):
-                value = json.loads(value, parse_constant=_refuse_constant)
-            json.dumps(value, allow_nan=False)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise InvalidEvent(f"The value is not JSON: {error}") from error
+        if isinstance(value, str):
+            value = "null" if value == "" and self.action == self.FINISH else value
+            value, text = _reencode_json(value)
+        else:
+            text = encode_json(value)
         self._value = value
+        self._text = text
 
 
 class StringIdEvent(EventId, StringEvent):
-    """A multi-line string, durable."""
+    """A durable string of one or more lines."""
 
     ACTIONS = ["ping", Event.RETRY, Event.FINISH]
 
 
 class JSONIdEvent(EventId, JSONEvent):
-    """A JSON value, sent on one line, durable."""
+    """A durable JSON value, sent on one line."""
 
     ACTIONS = ["ping", Event.RETRY, Event.FINISH]
 
 
 def is_durable(event_class: type[Event]) -> bool:
-    """Tell whether events of the class are stored and replayed."""
+    """Return whether the events of a class are stored and replayed.
+
+    :param event_class: the class; its ``id`` decides.
+    """
     return event_class.id is not None
 
 
-def check_field(name: str, text: str, max_length: int) -> None:
-    """Refuse text that cannot stand in an ``event`` field.
+def has_own_ids(event_class: type[Event]) -> bool:
+    """Return whether a durable class has ids that are not the history's sequence numbers.
 
-    :raises InvalidEvent: for CR, LF, NUL, text that has no UTF-8 form, nothing, or too much.
+    :param event_class: the class; its ``id`` decides.
     """
-    if not text:
-        raise InvalidEvent(f"The {name} is empty.")
-    if len(text) > max_length:
-        raise InvalidEvent(
-            f"The {name} is {len(text)} characters long; at most {max_length} are allowed."
-        )
-    for position, character in enumerate(text):
-        if character in _FORBIDDEN:
-            raise InvalidEvent(
-                f"The {name} {text!r} holds {_FORBIDDEN[character]} at position {position}."
-            )
-    encode_text(name, text)
+    id_: object = event_class.id
+    return id_ is not None and id_ is not EventId.id
 
 
-def check_id(event_id: str) -> None:
-    """Refuse an id that is not 1 to 255 visible ASCII characters, or begins with ``~``.
+def action_error(event_class: type[Event], action: str) -> InvalidEvent | None:
+    """Return the error of an action that a class does not allow; ``None`` if it allows it.
 
-    :raises InvalidEvent: when it is not.
+    :param event_class: the class; its ``ACTIONS`` decide.
+    :param action: the action of an event that is to be published.
     """
-    if event_id.startswith(CURSOR_MARK):
-        raise InvalidEvent(
-            f"The id {event_id[:MAX_ID_LENGTH]!r} must not begin with {CURSOR_MARK!r}: so begin "
-            "the last event ids of streams with several tokens."
-        )
-    if len(event_id) > MAX_ID_LENGTH or not _VISIBLE_ASCII.fullmatch(event_id):
-        raise InvalidEvent(
-            f"The id {event_id[:MAX_ID_LENGTH]!r} must be 1 to {MAX_ID_LENGTH} visible "
-            "ASCII characters."
-        )
+    if ANY_ACTION in event_class.ACTIONS:
+        try:
+            check_action(action)
+        except InvalidEvent as error:
+            return error
+        return None
+    if action in event_class.ACTIONS:
+        return None
+    return UnknownAction(action, list(event_class.ACTIONS), event_class.__name__)
 
 
-def encode_text(name: str, text: str) -> bytes:
-    """Encode as UTF-8.
+def must_be_named(event_class: type[Event], action: str) -> bool:
+    """Return whether a grant allows an action only if it names the action.
 
-    :raises InvalidEvent: for a lone surrogate, which has no UTF-8 form.
+    :param event_class: the class; its ``LISTEN``, ``FINISH`` and ``RETRY`` are such actions, and
+        those of :class:`Event`, which pages and other classes may give the same meaning.
+    :param action: the action of an event that is to be published.
+    """
+    special = {one for cls in (event_class, Event) for one in (cls.LISTEN, cls.FINISH, cls.RETRY)}
+    return action in special or action in PACKAGE_ACTIONS or action in BROWSER_ACTIONS
+
+
+class _Encoder(DjangoJSONEncoder):
+    def default(self, o: Any) -> Any:
+        # Each branch tests the type, because the value may be a class.
+        if dataclasses.is_dataclass(type(o)):
+            # Not asdict(), which copies nested values. The encoder encodes them in its turn.
+            return {field.name: getattr(o, field.name) for field in dataclasses.fields(o)}
+        if hasattr(type(o), "model_dump"):
+            return o.model_dump(mode="json")
+        # A Struct exists only if msgspec is loaded.
+        msgspec: Any = sys.modules.get("msgspec")
+        if isinstance(o, getattr(msgspec, "Struct", ())):
+            return msgspec.to_builtins(o, enc_hook=self.to_builtins)
+        return super().default(o)
+
+    def to_builtins(self, o: Any) -> Any:
+        """Return a value that msgspec does not encode, such as a lazy string, as simple types."""
+        return json.loads(self.encode(o))
+
+
+_encoder = _Encoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def encode_json(value: Any) -> str:
+    """Return the JSON text of a value, on one line.
+
+    :raises InvalidEvent: if the value cannot be encoded.
     """
     try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidEvent(
-            f"The {name} holds a lone surrogate at position {error.start}, "
-            "which cannot be sent as UTF-8."
+        return _encode(value)
+    except Exception as error:  # code of the value runs, such as a property or model_dump()
+        raise _not_json(
+            error,
+            f"A value of the type {type(value).__name__} was passed. Pass JSON text, a value that "
+            "DjangoJSONEncoder accepts, or an instance of a dataclass, a pydantic model or a "
+            "msgspec Struct.",
         ) from error
 
 
-def retry_ms(lines: list[str]) -> int:
-    """Read the value of a retry event: one line of ASCII digits, milliseconds.
+def _reencode_json(text: str) -> tuple[Any, str]:
+    """Return the value of a JSON text, and its shortest text."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        return value, _encode(value)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(
+            error,
+            f"The string {shown(text)} was passed, and a string must be JSON text, as "
+            "json.dumps() returns it. StringEvent and StringIdEvent accept any text.",
+        ) from error
 
-    :raises InvalidEvent: when it is anything else.
-    """
-    if len(lines) != 1 or not _RETRY.fullmatch(lines[0]):
-        text = "\n".join(lines)
-        raise InvalidEvent(
-            "The value of a retry event must be ASCII digits, milliseconds "
-            f"(at most 15 digits), not {text[:40]!r}."
-        )
-    return int(lines[0])
+
+def _not_json(error: Exception, advice: str) -> InvalidEvent:
+    usual = isinstance(error, ValueError | TypeError | RecursionError)
+    reason = str(error) if usual else repr(error)
+    return InvalidEvent(f"The value is not JSON: {reason.rstrip('.')}. {advice}")
+
+
+def _encode(value: Any) -> str:
+    text = _encoder.encode(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # UTF-8 cannot encode a lone surrogate. JSON can escape it.
+        return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return text
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")

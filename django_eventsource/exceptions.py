@@ -1,56 +1,77 @@
-"""What can go wrong, as classes. All of them are :class:`EventSourceError`."""
-
-from __future__ import annotations
+"""The exceptions of this package. All are subclasses of :class:`EventSourceError`."""
 
 from typing import Any
 
+__all__ = [
+    "ClientError",
+    "DeliveryFailed",
+    "EventSourceError",
+    "EventTooLarge",
+    "InvalidEvent",
+    "InvalidGrant",
+    "InvalidParameter",
+    "InvalidToken",
+    "NotAuthenticated",
+    "ProductionRunning",
+    "RateLimited",
+    "ReceivedEventTooLarge",
+    "UnknownAction",
+]
+
 
 class EventSourceError(Exception):
-    """Base of every error this package raises itself."""
+    """Base of all exceptions that are defined in this package."""
 
 
 class InvalidToken(EventSourceError, ValueError):
-    """The text is no token: empty, too long, or not storable as text."""
+    """Raised for a token that is not a text of 1 to 255 characters, or cannot be stored."""
+
+
+class InvalidParameter(EventSourceError, ValueError):
+    """Raised for a parameter or an argument that is not valid, or a key without a sender."""
 
 
 class InvalidEvent(EventSourceError, ValueError):
-    """The action, value or id cannot be sent as a server-sent event."""
+    """Raised for an action, a value or an id that cannot be sent as a server-sent event."""
 
 
 class EventTooLarge(InvalidEvent):
-    """The event is larger than ``EVENTSOURCE_MAX_EVENT_BYTES`` once it is encoded."""
+    """Raised if an encoded event has more than ``EVENTSOURCE_MAX_EVENT_BYTES`` bytes."""
 
 
 class UnknownAction(InvalidEvent):
-    """The Event class does not list the action.
+    """Raised for an action that the Event class does not allow.
 
-    ``allowed`` holds the actions that it lists.
+    :ivar action: the action that was passed.
+    :ivar allowed: the actions that the class lists.
     """
 
     def __init__(self, action: str, allowed: list[str], class_name: str) -> None:
         self.action = action
         self.allowed = allowed
         names = ", ".join(allowed) or "none"
+        # The action may be a large part of a URL, or no text.
         super().__init__(
-            f"Unknown action {action!r}: {class_name} allows {names}. To allow another, set "
-            "EVENTSOURCE_EVENT_CLASS or as_view(event_class=...) to a class with the action in "
-            "ACTIONS (for a GET: as LISTEN)."
+            f"Unknown action {action!r:.42}: {class_name} allows {names}. To allow others, write "
+            'an Event class with the action, or "*", in ACTIONS (for a GET: as LISTEN), and name '
+            "it in EVENTSOURCE_EVENT_CLASS or as_view(event_class=...)."
         )
 
 
 class InvalidGrant(EventSourceError):
-    """The grant is forged, damaged or expired."""
+    """Raised for a grant that is forged, damaged or expired."""
 
 
 class NotAuthenticated(EventSourceError):
-    """The request carries no usable credentials: the answer is 401."""
+    """Raised by a policy if the request has no valid credentials. The status is 401."""
 
 
 class RateLimited(EventSourceError):
-    """The client did something too often: the answer is 429.
+    """Raised by a policy if a client exceeds a limit. The status is 429.
 
-    :param retry_after: seconds after which it may try again.
-    :param reason: what there was too much of.
+    :param retry_after: seconds after which the client may try again.
+    :param reason: the start of the message, which names the exceeded limit.
+    :ivar retry_after: the same seconds, for the ``Retry-After`` header.
     """
 
     def __init__(self, retry_after: int, reason: str = "Too many events") -> None:
@@ -59,17 +80,30 @@ class RateLimited(EventSourceError):
 
 
 class DeliveryFailed(EventSourceError):
-    """A live-only event did not reach the channel layer; it is lost.
+    """Raised by ``publish()`` if a live-only event did not reach the channel layer and is lost.
 
-    A durable event never raises this: it is stored, and listeners find it in
-    the history.
+    It is never raised for a durable event, which listeners receive from the history.
     """
 
 
-class ReceivedEventTooLarge(EventSourceError):
-    """A received event has more bytes than the decoder's ``max_event_bytes``.
+class ProductionRunning(EventSourceError):
+    """Raised by ``produce()`` if another production of the token has no end yet.
 
-    ``events`` holds the events that the same bytes completed before it.
+    :ivar token: the token.
+    """
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        super().__init__(
+            f"A production of {token!r} is running. Use a token for each answer, or call "
+            "stop_production() and wait for the event `stopped`."
+        )
+
+
+class ReceivedEventTooLarge(EventSourceError):
+    """Raised by the decoder for an event that has more bytes than ``max_event_bytes``.
+
+    :ivar events: the events before it that the same bytes completed.
     """
 
     def __init__(self, max_event_bytes: int, events: list[Any]) -> None:
@@ -78,10 +112,10 @@ class ReceivedEventTooLarge(EventSourceError):
 
 
 class ClientError(EventSourceError):
-    """A listening or sending client got no usable answer.
+    """Raised by the clients if a server sends no usable response.
 
-    ``status`` is the HTTP status, or ``None`` where there was no answer. ``retry_after`` is
-    the number of seconds that the response's ``Retry-After`` asked to wait, or ``None``.
+    :ivar status: the HTTP status, or ``None`` without a response.
+    :ivar retry_after: the seconds of the response's ``Retry-After`` header, or ``None``.
     """
 
     def __init__(

@@ -1,10 +1,8 @@
 """Grants: signed, expiring permissions to listen or send on named tokens.
 
-A grant is made with ``django.core.signing``: it contains the tokens, the rights, the expiry and
-what it is bound to in clear, and is worthless once any of them is changed.
+A grant is signed with ``django.core.signing``. Its tokens, rights, time of expiry and bindings can
+be read by its holder. A grant that was changed is not valid.
 """
-
-from __future__ import annotations
 
 import math
 import time
@@ -12,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from django.contrib.sessions.backends.signed_cookies import SessionStore as SignedCookies
 from django.core import signing
 from django.utils.crypto import salted_hmac
 
 from .conf import conf, number_error
-from .events import MAX_ACTION_LENGTH, check_field
 from .exceptions import InvalidGrant
-from .tokens import check_token
+from .protocol.field_rules import check_action
+from .protocol.tokens import check_token
+
+__all__ = ["Grant", "make_grant", "read_grant"]
 
 _SALT = "django_eventsource.grant"
 
@@ -28,16 +29,20 @@ class Grant:
     """The content of a grant whose signature and expiry have been checked."""
 
     tokens: tuple[str, ...]
+    """The tokens for which it is valid."""
     listen: bool
+    """Whether it allows listening."""
     send: bool
+    """Whether it allows sending."""
     expires: int
-    """Seconds since the epoch."""
+    """When it expires, in seconds since the epoch."""
     actions: tuple[str, ...] | None = None
-    """The actions that may be sent; ``None``: all but the class's ``FINISH`` and ``RETRY``."""
+    """The actions that may be sent; ``None``: all except the class's ``LISTEN``, ``FINISH`` and
+    ``RETRY``, and those of the events that the package itself publishes."""
     session: str = ""
-    """The hash of the key of the session that it is bound to; empty: to none."""
+    """The hash of the key of the session that it is bound to, or ``""``."""
     user: str = ""
-    """The id of the user that it is bound to; empty: to none."""
+    """The id of the user that it is bound to, or ``""``."""
 
 
 def make_grant(
@@ -54,29 +59,26 @@ def make_grant(
 
     :param token: the token, or a list of tokens.
     :param listen: grant the right to listen.
-    :param send: grant the right to send every action except the class's ``FINISH`` and
-        ``RETRY``.
-    :param actions: grant the right to send this action, or these, whichever they are, and no
-        others.
-    :param seconds: its lifetime; ``EVENTSOURCE_GRANT_SECONDS`` if not given.
-    :param session_key: bind it to the session with this key: it is valid for requests of that
-        session only, while its user is logged in.
-    :param user: bind it to a user, an instance or a primary key: it is valid only for requests
-        that this user is logged in with, by session or HTTP Basic.
-    :raises ValueError: for a bad token or action, no right at all, a user without a primary
-        key, or a lifetime that is not positive.
+    :param send: grant the right to send every action of the class except its ``LISTEN``,
+        ``FINISH`` and ``RETRY``, and those of the events that the package itself publishes.
+    :param actions: grant the right to send this action, or these actions, and no other one.
+    :param seconds: the lifetime in seconds; ``EVENTSOURCE_GRANT_SECONDS`` if not passed.
+    :param session_key: bind the grant to the session with this key: it is valid for requests of
+        this session only, while its user is logged in.
+    :param user: bind the grant to a user, an instance or a primary key: it is valid only for
+        requests of this user, logged in by session or HTTP Basic.
+    :raises ValueError: for a token or action that is not valid, a grant without a right, a user
+        without a primary key, or a lifetime that is not positive.
     """
-    tokens = [token] if isinstance(token, str) else list(token)
+    tokens = [check_token(one) for one in ([token] if isinstance(token, str) else token)]
     if not tokens:
-        raise ValueError("A grant needs a token: the list is empty.")
-    for one in tokens:
-        check_token(one)
+        raise ValueError("A grant needs a token, and the list is empty: pass one or more.")
     if actions is not None:
         actions = [actions] if isinstance(actions, str) else list(actions)
         if not actions:
             raise ValueError("The list of actions is empty: leave it out, or name an action.")
         for action in actions:
-            check_field("action", action, MAX_ACTION_LENGTH)
+            check_action(action)
         send = True
     if not (listen or send):
         raise ValueError("A grant needs a right: pass listen=True, send=True or both.")
@@ -96,19 +98,21 @@ def make_grant(
 
 
 def read_grant(text: str, at: float | None = None) -> Grant:
-    """Check a grant's signature and expiry and return its content.
+    """Check the signature and the expiry of a grant, and return its content.
 
-    It does not check what the grant is bound to:
-    :func:`django_eventsource.policies.check_grant` does.
+    :func:`django_eventsource.policies.check_grant` checks the session and the user that it is
+    bound to.
 
-    :param at: the time at which it must not have expired, in seconds since the epoch;
-        now if not given.
-    :raises InvalidGrant: when it is forged, damaged or expired.
+    :param text: the grant.
+    :param at: the time for the check of the expiry, in seconds since the epoch; now if not passed.
+    :raises InvalidGrant: if it is forged, damaged or expired.
     """
     try:
         tokens, rights, expires, actions, session, user = signing.loads(text, salt=_SALT)
     except (signing.BadSignature, ValueError) as error:
-        raise InvalidGrant("The grant is not valid: it was changed or not made here.") from error
+        raise InvalidGrant(
+            "The grant is not valid: it was changed, or made with another SECRET_KEY."
+        ) from error
     if expires <= (time.time() if at is None else at):
         raise InvalidGrant("The grant has expired.")
     return Grant(
@@ -123,16 +127,29 @@ def read_grant(text: str, at: float | None = None) -> Grant:
 
 
 def hash_session_key(session_key: str) -> str:
-    """Return a hash that stands for a session's key where others can read it."""
-    salt = "django_eventsource.session"
-    return salted_hmac(salt, session_key, algorithm="sha256").hexdigest()[:32]
+    """Return the hash of a session's key, for grants and lists that other clients can read."""
+    digest = salted_hmac("django_eventsource.session", session_key, algorithm="sha256")
+    return digest.hexdigest()[:32]
+
+
+def lasting_session_key(session: Any) -> str | None:
+    """Return the key of a session, to which a grant can be bound.
+
+    :param session: the session of a request, or ``None``.
+    :returns: the key; ``None`` without a session, and for a ``signed_cookies`` session, whose key
+        changes with its data.
+    """
+    if session is None or isinstance(session, SignedCookies):
+        return None
+    key: str | None = session.session_key
+    return key
 
 
 def user_id(user: Any) -> str:
-    """Return a user's id: the text of its primary key.
+    """Return the id of a user: its primary key as text.
 
     :param user: an instance, or its primary key.
-    :raises ValueError: when it has none: an anonymous or unsaved user.
+    :raises ValueError: if it has no primary key, as an anonymous or unsaved user.
     """
     key = getattr(user, "pk", user)
     if key is None or key == "":

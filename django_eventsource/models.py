@@ -1,12 +1,10 @@
 """The tables of the database history.
 
-:class:`TokenHead` says where a token's history stands, :class:`StoredEvent` is the
-history, :class:`PendingEvent` the outbox of transactions that have committed but whose
-events have no sequence number yet. :class:`ProcessLease` and :class:`TokenPresence` say
-who listens.
+:class:`TokenHead` contains the newest position of each token, and :class:`StoredEvent` the events.
+:class:`PendingEvent` is the outbox: the events of transactions, before they have their sequence
+numbers. :class:`ProcessLease` and :class:`TokenPresence` contain the listeners. :class:`Console`
+has no table. It has the permissions of the admin's console.
 """
-
-from __future__ import annotations
 
 import time
 from typing import Any
@@ -16,17 +14,36 @@ from django.utils import timezone
 from django.utils.text import Truncator
 from django.utils.translation import gettext_lazy as _
 
+__all__ = ["Console", "PendingEvent", "ProcessLease", "StoredEvent", "TokenHead", "TokenPresence"]
+
 FLOOR_KEY = ""
-"""The key of the row that keeps the floor: the highest number of any forgotten token."""
+"""The key of the row that contains the floor. The sequence numbers of new epochs are above it."""
 
 
 def shorten(text: str, chars: int = 40) -> str:
-    """Return the beginning of a text: for a title, unless more characters are allowed."""
+    """Return the beginning of a text."""
     return Truncator(text).chars(chars)
 
 
+class NotNullIndex(models.Index):
+    """An index of the rows whose last column is not null.
+
+    Most events have no own id and no key. A database without partial indexes indexes all rows.
+    It is not an index with a ``condition``, because Django warns of those on such a database.
+    """
+
+    def create_sql(
+        self, model: type[models.Model], schema_editor: Any, using: str = "", **kwargs: Any
+    ) -> Any:
+        condition = None
+        if schema_editor.connection.features.supports_partial_indexes:
+            condition = models.Q(**{f"{self.fields[-1]}__isnull": False})
+        index = models.Index(fields=self.fields, name=self.name, condition=condition)
+        return index.create_sql(model, schema_editor, using, **kwargs)
+
+
 class TokenHead(models.Model):
-    """One token with a history. The row's lock orders the token's publishers."""
+    """A token with an epoch. The row's lock orders the token's publishers."""
 
     key = models.CharField(max_length=32, unique=True, editable=False)
     token = models.CharField(_("token"), max_length=255)
@@ -47,30 +64,31 @@ class TokenHead(models.Model):
 
 
 class EventFields(models.Model):
-    """What an event is made of, stored or pending."""
+    """The columns that stored and pending events share."""
 
     action = models.CharField(_("action"), max_length=255)
     data = models.BinaryField(_("data"))
     event_id = models.CharField(_("own id"), max_length=255, null=True)  # noqa: DJ001
     kind = models.CharField(_("kind"), max_length=6)
     created = models.DateTimeField(_("published"))
+    idempotency_key = models.CharField(max_length=32, null=True, editable=False)  # noqa: DJ001
 
     class Meta:
         abstract = True
 
     def text(self) -> str:
-        """Give the data as text."""
+        """Return the data as text."""
         return bytes(self.data).decode(errors="replace")
 
     def excerpt(self) -> str:
-        """Give the beginning of the data, on one line."""
+        """Return the beginning of the data, on one line."""
         return shorten(" ".join(self.text().split()), 80)
 
 
 class StoredEvent(EventFields):
-    """A durable event in its place in its token's history."""
+    """A durable event with its sequence number."""
 
-    # The head's row is deleted only after its events; the database checks it.
+    # The head's row is deleted only after its events. The database checks it.
     head = models.ForeignKey(
         TokenHead,
         models.DO_NOTHING,
@@ -94,8 +112,9 @@ class StoredEvent(EventFields):
             models.UniqueConstraint(fields=["head", "seq"], name="eventsource_head_seq"),
         ]
         indexes = [
-            models.Index(fields=["head", "event_id"], name="eventsource_event_id"),
+            NotNullIndex(fields=["head", "event_id"], name="eventsource_event_id"),
             models.Index(fields=["created"], name="eventsource_created"),
+            NotNullIndex(fields=["head", "idempotency_key"], name="eventsource_key"),
         ]
 
     def __str__(self) -> str:
@@ -103,7 +122,7 @@ class StoredEvent(EventFields):
 
 
 class PendingEvent(EventFields):
-    """A durable event whose transaction wrote it, before it has its sequence number."""
+    """A durable event that a transaction wrote, before it has its sequence number."""
 
     key = models.CharField(max_length=32, db_index=True, editable=False)
     token = models.CharField(_("token"), max_length=255)
@@ -119,11 +138,14 @@ class PendingEvent(EventFields):
 
 
 class ProcessLease(models.Model):
-    """Until when the listeners of one process count. The row's lock orders its changes."""
+    """A server process with listeners. They count until the lease expires.
+
+    The row's lock orders the changes of the lease.
+    """
 
     key = models.CharField(max_length=32, unique=True, editable=False)
     process = models.CharField(_("process"), max_length=255)
-    # By the database's own clock, and in UTC, whatever USE_TZ says.
+    # The database's clock sets it, in UTC whatever USE_TZ is.
     until = models.DateTimeField(_("valid until"), db_index=True)
 
     class Meta:
@@ -135,10 +157,20 @@ class ProcessLease(models.Model):
         return shorten(self.process)
 
 
+class Console(ProcessLease):
+    """The page of the admin that shows the processes. It has no rows of its own."""
+
+    class Meta:
+        proxy = True
+        default_permissions = ("view",)
+        permissions = [("close_streams", "Can close the streams of every token and user")]
+        verbose_name = verbose_name_plural = _("console")
+
+
 class TokenPresence(models.Model):
     """The listeners of one token in one process."""
 
-    # The lease's row is deleted only after these; the database checks it.
+    # The lease's row is deleted only after these rows. The database checks it.
     lease = models.ForeignKey(
         ProcessLease,
         models.DO_NOTHING,
@@ -149,7 +181,8 @@ class TokenPresence(models.Model):
     key = models.CharField(max_length=32, db_index=True, editable=False)
     token = models.CharField(_("token"), max_length=255)
     listeners = models.PositiveIntegerField(_("listeners"))
-    # Text, since PostgreSQL's JSON cannot hold every string. How often each identity is there.
+    # A JSON object with the number of listeners of each identity. It is text, because the JSON
+    # types of PostgreSQL refuse some strings.
     identities = models.TextField(_("identities"))
 
     class Meta:
@@ -164,11 +197,13 @@ class TokenPresence(models.Model):
         return f"{shorten(self.token)} ({self.listeners})"
 
 
-def set_floor(using: str, **kwargs: Any) -> None:
-    """Make sure that the floor is there: at first the clock, in microseconds.
+def set_floor(using: str) -> None:
+    """Create the row of the floor if it is missing, with the clock in microseconds as its number.
 
-    Received after every ``migrate`` and ``flush``: no number that listeners were given
-    before the tables were emptied is known after it.
+    It runs after every ``migrate`` and ``flush``. A sequence number that a listener received
+    before the tables were emptied is then below the floor, so it is not taken for a new one.
+
+    :param using: the alias of the database.
     """
     now = timezone.now()
     floor = TokenHead(key=FLOOR_KEY, first=0, kept=0, last=time.time_ns() // 1000, updated=now)

@@ -1,73 +1,122 @@
-"""Policies: who may listen, and who may send."""
-
-from __future__ import annotations
+"""Policies: the classes that decide which requests may listen and send."""
 
 import base64
+import inspect
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from asgiref.sync import sync_to_async
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.http import HttpRequest
 from django.middleware.csrf import CsrfViewMiddleware
 from django.utils.crypto import constant_time_compare
 
-from .addresses import address_of, network_of
+from .access.addresses import address_of, network_of
+from .access.basic_login import check_password
+from .access.time_windows import Window
 from .conf import conf
-from .exceptions import InvalidGrant, NotAuthenticated, RateLimited
+from .exceptions import InvalidGrant, InvalidParameter, NotAuthenticated, RateLimited
 from .grants import Grant, hash_session_key, read_grant
-from .logins import check_password
-from .rates import Window
+from .protocol.field_rules import SHOWN
+
+__all__ = [
+    "LISTEN_PERMISSION",
+    "SEND_PERMISSION",
+    "AllowAny",
+    "DefaultPolicy",
+    "Policy",
+    "basic_user",
+    "check_csrf",
+    "check_grant",
+    "check_rate",
+    "has_permission",
+    "session_user",
+]
 
 LISTEN_PERMISSION = "django_eventsource.listen_event"
+"""The model permission that lets a user listen to every token."""
 SEND_PERMISSION = "django_eventsource.send_event"
+"""The model permission that lets a user send to every token."""
 
 AMBIENT_SCHEMES = {"", "basic", "digest", "negotiate", "ntlm"}
-"""The schemes of ``Authorization`` that a browser may send by itself, and no header at all."""
+"""The schemes of ``Authorization`` that browsers send without a script, and an absent header."""
 CREDENTIALS = "_eventsource_credentials"
-"""The name under which a request keeps its :class:`Credentials`."""
+"""The attribute of a request that contains its :class:`Credentials`."""
 
 
 @dataclass(slots=True)
 class Credentials:
-    """What the checks of this module have verified of a request."""
+    """The credentials of a request that the checks of this module have verified."""
 
     grant: Grant | None = None
-    """The grant that covers what the request asks for."""
+    """The grant that covers the request."""
     user: Any = None
     """The user of HTTP Basic."""
     opened: float | None = None
-    """When the request's stream began, in seconds since the epoch; ``None``: it has not begun."""
+    """The time at which the request's stream was opened, in seconds since 1970; ``None``
+    before."""
 
 
 def credentials_of(request: HttpRequest) -> Credentials:
-    """Return the request's credentials, which are empty until a check has verified some."""
+    """Return the verified credentials of a request; empty before a check has verified any."""
     found: Credentials = vars(request).setdefault(CREDENTIALS, Credentials())
     return found
 
 
-class Policy(Protocol):
-    """What ``EVENTSOURCE_POLICY`` names: a class that is made without arguments.
+def set_credentials(request: HttpRequest, credentials: Credentials) -> None:
+    """Set what the checks of an earlier request have verified, for its recheck."""
+    setattr(request, CREDENTIALS, credentials)
 
-    Both hooks may raise ``PermissionDenied`` (the answer is 403) or
-    :class:`~django_eventsource.exceptions.NotAuthenticated` (401) with the reason as
-    text. ``False`` means 403 for a logged-in user, else 401. Both may raise
-    :class:`~django_eventsource.exceptions.RateLimited` (429).
 
-    ``can_listen`` is asked again every ``EVENTSOURCE_RECHECK_SECONDS`` while the stream is
-    open. A policy may have a third method, ``async def identify(self, request) -> str``,
-    which gives the id of the user; without it :func:`identify` does.
+class Policy:
+    """Base class of all policies. It refuses every request.
+
+    ``EVENTSOURCE_POLICY`` and ``as_view(policy=...)`` name a subclass. The view makes an instance
+    for each request, without arguments. Override any of the three methods.
+
+    :meth:`can_listen` and :meth:`can_send` return whether the request is allowed. The view
+    responds to ``False`` with 403 for a logged-in user, and with 401 otherwise. Both may raise
+    ``PermissionDenied`` (403), :class:`~django_eventsource.exceptions.NotAuthenticated` (401) or
+    :class:`~django_eventsource.exceptions.RateLimited` (429), with the reason as text, or
+    ``Http404`` (404).
     """
 
     async def can_listen(self, request: HttpRequest, token: str) -> bool:
-        """May this request open a stream of the token?"""
+        """Return whether a request may open a stream of a token. The default is ``False``.
+
+        The view calls it once for each token of a stream. While the stream is open, it is called
+        again every ``EVENTSOURCE_RECHECK_SECONDS``, with the current session and user.
+
+        :param request: the GET or HEAD request.
+        :param token: a valid token.
+        """
+        return False
 
     async def can_send(self, request: HttpRequest, token: str, action: str) -> bool:
-        """May this request publish the action to the token?"""
+        """Return whether a request may publish to a token. The default is ``False``.
+
+        :param request: the POST request.
+        :param token: a valid token.
+        :param action: the action of the URL, which the Event class may not list.
+        """
+        return False
+
+    async def identify(self, request: HttpRequest) -> str:
+        """Return the id of the user of a request, for ``listeners()``, limits, closing and keys.
+
+        The default is the primary key of the user of HTTP Basic or of the session, as text.
+
+        :param request: a request that :meth:`can_listen` or :meth:`can_send` has allowed.
+        :returns: the id, or ``""`` for a request without a user.
+        """
+        return await _user_key(request)
 
 
-class AllowAny:
-    """Everybody may listen and send."""
+class AllowAny(Policy):
+    """Allows every request to listen and to send.
+
+    ``EVENTSOURCE_SEND_RATE`` applies.
+    """
 
     async def can_listen(self, request: HttpRequest, token: str) -> bool:
         return True
@@ -77,12 +126,12 @@ class AllowAny:
         return True
 
 
-class DefaultPolicy:
-    """Closed: a grant for the token, or a user with the model permission.
+class DefaultPolicy(Policy):
+    """Allows requests with a grant for the token, and users with the model permission.
 
-    A grant comes in ``Authorization: Bearer`` or ``?grant=``. A user comes by HTTP Basic,
-    checked with ``authenticate()``, or by session, then with Django's CSRF check when
-    sending.
+    A grant is sent in ``Authorization: Bearer`` or ``?grant=``. A user logs in with HTTP Basic,
+    which is checked with ``authenticate()``, or with a session. A session that sends must pass
+    Django's CSRF check. ``EVENTSOURCE_SEND_RATE`` applies.
     """
 
     async def can_listen(self, request: HttpRequest, token: str) -> bool:
@@ -103,18 +152,57 @@ class DefaultPolicy:
         return True
 
 
-async def check_grant(request: HttpRequest, token: str, action: str | None = None) -> bool:
-    """Check that the request's grant covers what it asks for; return ``False`` without a grant.
+def make_policy(policy_class: Any = None) -> Policy:
+    """Return an instance of a policy class.
 
-    A grant to send that names no actions covers all but the ``FINISH`` and ``RETRY`` of the
-    Event class. The view, which knows the class, checks that afterwards.
-
-    :param action: the action to send; ``None``: to listen.
-    :raises NotAuthenticated: when the grant is forged, damaged, expired, or bound to a session
-        or a user that are not the request's.
-    :raises PermissionDenied: when it is for another token, right or action.
+    :param policy_class: the class; the one of ``EVENTSOURCE_POLICY`` if not passed.
+    :raises ImproperlyConfigured: if it is not a usable subclass of :class:`Policy`.
     """
-    grant = find_grant(request)
+    name = "EVENTSOURCE_POLICY" if policy_class is None else "policy"
+    policy_class = policy_class or conf.policy
+    check_policy_class(name, policy_class)
+    try:
+        policy: Policy = policy_class()
+    except TypeError as error:
+        raise ImproperlyConfigured(
+            f"{name} must be a class that needs no arguments ({error})."
+        ) from error
+    return policy
+
+
+def check_policy_class(name: str, policy_class: Any) -> None:
+    """Check that a class is a policy whose methods are asynchronous.
+
+    :param name: the setting or argument that the class comes from, for the error.
+    :raises ImproperlyConfigured: if it is not.
+    """
+    if not (isinstance(policy_class, type) and issubclass(policy_class, Policy)):
+        raise ImproperlyConfigured(
+            f"{name} must be a subclass of django_eventsource.policies.Policy, "
+            f"not {policy_class!r}."
+        )
+    for method in ("can_listen", "can_send", "identify"):
+        if not inspect.iscoroutinefunction(getattr(policy_class, method)):
+            raise ImproperlyConfigured(
+                f"{name} is {policy_class!r}, whose method {method}() is not asynchronous: "
+                f"define it with `async def`."
+            )
+
+
+async def check_grant(request: HttpRequest, token: str, action: str | None = None) -> bool:
+    """Return whether a request has a grant that covers it.
+
+    A grant to send without a list of actions covers all actions except the ``FINISH`` and
+    ``RETRY`` of the Event class. The view checks these two afterwards.
+
+    :param token: the token that the request names.
+    :param action: the action to send; ``None`` for a request that listens.
+    :returns: ``False`` for a request without a grant.
+    :raises NotAuthenticated: if the grant is not valid, has expired, or is bound to another
+        session or user.
+    :raises PermissionDenied: if the grant is for another token, right or action.
+    """
+    grant = _find_grant(request)
     if grant is None:
         return False
     if token not in grant.tokens:
@@ -123,7 +211,7 @@ async def check_grant(request: HttpRequest, token: str, action: str | None = Non
         verb = "listen to" if action is None else "send to"
         raise PermissionDenied(f"The grant does not allow to {verb} this token.")
     if action is not None and grant.actions is not None and action not in grant.actions:
-        raise PermissionDenied(f"The grant does not allow the action {action!r}.")
+        raise PermissionDenied(f"The grant does not allow the action {action[:SHOWN]!r}.")
     if grant.session:
         await _check_session(request, grant.session)
     if grant.user:
@@ -135,37 +223,61 @@ async def check_grant(request: HttpRequest, token: str, action: str | None = Non
 
 
 async def _check_session(request: HttpRequest, digest: str) -> None:
-    """Check that the request comes from a session, and that its user is still logged in.
-
-    :raises NotAuthenticated: when it does not, or is not.
-    """
     key: Any = getattr(getattr(request, "session", None), "session_key", None)
-    # The key is the cookie's: whether there is such a session shows when it is read.
+    # The cookie contains the key. Reading the user shows whether the session exists.
     found = bool(key) and constant_time_compare(digest, hash_session_key(key))
     if not found or await session_user(request) is None:
         raise NotAuthenticated("The grant is bound to another session, or to one that has ended.")
 
 
-def find_grant(request: HttpRequest) -> Grant | None:
-    """Read the request's grant, from the header or the query.
+def _find_grant(request: HttpRequest) -> Grant | None:
+    """Return the grant of a request, from its header or its query; ``None`` without a grant.
 
-    :raises NotAuthenticated: when there is one and it is forged, damaged or expired.
+    :raises NotAuthenticated: if the grant is forged, damaged or expired.
     """
-    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        text = request.GET.get("grant", "")
+    text = _grant_text(request)
     if not text:
         return None
     try:
-        return read_grant(text.strip(), credentials_of(request).opened)
+        return read_grant(text, credentials_of(request).opened)
     except InvalidGrant as error:
         raise NotAuthenticated(str(error)) from error
 
 
-async def basic_user(request: HttpRequest) -> Any:
-    """Give the user of HTTP Basic credentials (RFC 7617), or ``None`` without them.
+def _grant_text(request: HttpRequest) -> str:
+    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        text = request.GET.get("grant", "")
+    return text.strip()
 
-    :raises NotAuthenticated: when they are damaged or wrong.
+
+async def sender_of(policy: Policy, request: HttpRequest) -> str:
+    """Return a text that differs between the senders of POSTs, as the scope of their keys.
+
+    It contains the user that the policy identifies, or the grant of a request without a user. An
+    address is not enough: clients behind one proxy could suppress each other's events.
+
+    :param request: a POST request that the policy has allowed.
+    :raises InvalidParameter: if the request has neither.
+    """
+    user: Any = await policy.identify(request)
+    if user is not None and str(user):
+        return f"user {user}"
+    if credentials_of(request).grant is not None:
+        return f"grant {_grant_text(request)}"
+    raise InvalidParameter(
+        "Idempotency-Key needs a user or a grant, so that the keys of clients stay separate: log "
+        "in, or send a grant."
+    )
+
+
+async def basic_user(request: HttpRequest) -> Any:
+    """Return the user of the HTTP Basic credentials (RFC 7617) of a request.
+
+    The password is hashed once for each request, however often this function is called.
+
+    :returns: the user, or ``None`` for a request without such credentials.
+    :raises NotAuthenticated: if the credentials are damaged or wrong.
     :raises RateLimited: after too many failures, or while too many logins wait.
     """
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
@@ -176,68 +288,62 @@ async def basic_user(request: HttpRequest) -> Any:
     except ValueError as error:
         raise NotAuthenticated("The HTTP Basic credentials cannot be decoded.") from error
     if "\0" in credentials:
-        raise NotAuthenticated("The HTTP Basic credentials hold NUL.")
+        raise NotAuthenticated("The HTTP Basic credentials contain NUL.")
     name, _, password = credentials.partition(":")
-    known = credentials_of(request)
-    if known.user is not None:
-        return known.user if known.opened is None else await _same_user(known.user)
+    verified = credentials_of(request)
+    if verified.user is not None:
+        return verified.user if verified.opened is None else await _reload_user(verified.user)
     user = await check_password(request, name, password)
     if user is None:
         raise NotAuthenticated("Wrong user name or password.")
-    known.user = user
+    verified.user = user
     return user
 
 
-async def _same_user(known: Any) -> Any:
-    """Look at a user again who gave a password when the stream began.
-
-    :raises NotAuthenticated: when there is no such user any more, or the password is new.
-    """
+async def _reload_user(known: Any) -> Any:
     user = await type(known)._default_manager.filter(pk=known.pk).afirst()
     if user is None or not user.is_active or user.password != known.password:
         raise NotAuthenticated("The user or the password has changed.")
     return user
 
 
-async def identify(request: HttpRequest) -> str:
-    """Give the id of the user that a request comes from: the text of its primary key.
-
-    Empty where there is none, as with a grant alone.
-    """
+async def _user_key(request: HttpRequest) -> str:
     user = credentials_of(request).user or await session_user(request)
     return "" if user is None else str(user.pk)
 
 
 async def check_rate(request: HttpRequest) -> None:
-    """Count a post against ``EVENTSOURCE_SEND_RATE``: of the user, else of the address.
+    """Count a POST against ``EVENTSOURCE_SEND_RATE``: of its user, or of its address.
 
     The count is kept in Django's default cache.
 
-    :raises RateLimited: when there were too many.
+    :raises RateLimited: if there were too many.
     """
     rate = conf.send_rate
     if rate is None:
         return
     most, seconds = rate
-    sender = await identify(request) or f"@{network_of(address_of(request))}"
+    sender = await _user_key(request) or f"@{network_of(address_of(request))}"
     window = Window("rate", sender, seconds)
-    # Not cache.aincr(), which reads, adds and writes, whatever the backend.
+    # Not cache.aincr(), which reads, adds and writes with every backend.
     if await sync_to_async(window.add)() > most:
         raise RateLimited(window.seconds_left)
 
 
 async def session_user(request: HttpRequest) -> Any:
-    """Give the logged-in user, or ``None``."""
+    """Return the user who is logged in with the session of a request, or ``None``."""
     auser = getattr(request, "auser", None)
     user = None if auser is None else await auser()
     return user if user is not None and user.is_authenticated else None
 
 
 async def has_permission(user: Any, permission: str) -> bool:
-    """Check a user's model permission.
+    """Return ``True`` if a user has a model permission.
 
-    :raises NotAuthenticated: when there is no user.
-    :raises PermissionDenied: when the user lacks it.
+    :param user: the user, or ``None``.
+    :param permission: the permission as ``"app_label.codename"``.
+    :raises NotAuthenticated: if there is no user.
+    :raises PermissionDenied: if the user lacks the permission.
     """
     if user is None:
         raise NotAuthenticated("A grant for this token, or a login, is required.")
@@ -247,9 +353,9 @@ async def has_permission(user: Any, permission: str) -> bool:
 
 
 async def check_csrf(request: HttpRequest) -> None:
-    """Run Django's CSRF check, which a session's request must pass.
+    """Run Django's CSRF check, which a request that a session authorizes must pass.
 
-    :raises PermissionDenied: when it does not.
+    :raises PermissionDenied: if it fails.
     """
     reason = await sync_to_async(_csrf_reason)(request)
     if reason is not None:
@@ -259,11 +365,11 @@ async def check_csrf(request: HttpRequest) -> None:
 def check_origin(request: HttpRequest) -> None:
     """Refuse a POST that a page of another site makes a browser send.
 
-    A browser adds cookies and HTTP Basic to such a request by itself, but no grant and no
-    other ``Authorization``: with one of these the request may come from any site.
+    A browser adds cookies and HTTP Basic to such a request without a script. It does not add a
+    grant or another ``Authorization``, so a request with one of these may come from any site.
     ``CSRF_TRUSTED_ORIGINS`` names further sites.
 
-    :raises PermissionDenied: when the page is not of this site.
+    :raises PermissionDenied: if the page is of another site.
     """
     scheme, _, _ = request.headers.get("Authorization", "").partition(" ")
     if credentials_of(request).grant is not None or scheme.lower() not in AMBIENT_SCHEMES:

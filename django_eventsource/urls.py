@@ -1,14 +1,16 @@
-"""The URLs: ``<action>/<token>``. Include them where you like."""
+"""The URLs ``<action>/<token>``. Include this module in the URLs of the project."""
 
 from django.urls import path, register_converter
 
 from .views import EventSourceView
 
+__all__ = ["app_name", "urlpatterns"]
+
 app_name = "eventsource"
 
 
-class TokenConverter:
-    """Any text at all: slashes and line ends too."""
+class _TokenConverter:
+    """Matches any text, with slashes and line ends."""
 
     regex = "(?s:.+)"
 
@@ -19,12 +21,12 @@ class TokenConverter:
         return value
 
 
-register_converter(TokenConverter, "eventsource_token")
+register_converter(_TokenConverter, "eventsource_token")
 
-view = EventSourceView.as_view()
+_view = EventSourceView.as_view()
 
 urlpatterns = [
-    path("<str:action>/<eventsource_token:token>", view, name="event"),
-    # An empty token deserves its own answer.
-    path("<str:action>/", view),
+    path("<str:action>/<eventsource_token:token>", _view, name="event"),
+    # Without this pattern the response to an empty token would be 404, not 400.
+    path("<str:action>/", _view),
 ]

@@ -1,22 +1,20 @@
-"""Client addresses, and what limits count them as."""
-
-from __future__ import annotations
+"""Client addresses, and the networks by which limits count them."""
 
 from ipaddress import IPv6Address, IPv6Network
 
 from django.http import HttpRequest
 
 IPV6_PREFIX = 64
-"""Bits that the addresses of one IPv6 client have in common."""
+"""The bits that the addresses of one IPv6 client have in common."""
 
 
 def address_of(request: HttpRequest) -> str:
-    """Return the address that the request came from; empty if the server passes none."""
+    """Return the address of the client, or ``""`` if the server passes none."""
     return str(request.META.get("REMOTE_ADDR") or "")
 
 
 def network_of(address: str) -> str:
-    """Return what limits count an address as: for IPv6 its /64, else the address itself."""
+    """Return the network by which limits count an address: its /64 for IPv6, else the address."""
     if ":" not in address:
         return address
     try:

@@ -1,13 +1,10 @@
-"""Check the passwords of HTTP Basic: off the event loop, few at once, failures throttled.
+"""Checks of HTTP Basic passwords, in a few threads, with a limit on failures.
 
-A password hash takes a large part of a second of CPU. It runs in threads of its own, so
-that the event loop goes on; few, so that clients with invented users cannot take all CPU;
-and with a bounded queue, so that a login does not wait without end.
+A password hash takes a large part of a second of CPU. Separate threads compute it, so that it does
+not block the event loop. They are few, so that clients with invented users cannot use all CPU. The
+queue is bounded, so that a login does not wait without end.
 """
 
-from __future__ import annotations
-
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,41 +14,47 @@ from django.contrib.auth import authenticate
 from django.db import connections
 from django.http import HttpRequest
 
+from .. import _runtime
+from ..conf import conf
+from ..exceptions import RateLimited
 from .addresses import address_of, network_of
-from .conf import conf
-from .exceptions import RateLimited
-from .rates import Window
+from .time_windows import Window
 
 THREADS = 2
-"""Passwords that one process hashes at once."""
+"""The number of passwords that one process hashes at the same time."""
 MAX_WAITING = 32
-"""Logins of one process that may wait for a thread; the next one is refused."""
+"""The number of logins of one process that may wait for a thread. The next one is refused."""
 BUSY_SECONDS = 1
 """Seconds after which a refused login may be tried again."""
 ADDRESS_FACTOR = 3
-"""How many times as often as one user at an address all users at the address may fail."""
+"""The failures that all users at an address may have, as a multiple of those of one user."""
 
 
 class _Pool:
-    """The threads that hash, and the places in them and before them."""
+    """The threads that hash passwords, and a count of the logins that run or wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_waiting: int = MAX_WAITING) -> None:
         self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="eventsource-login")
-        self.places = threading.BoundedSemaphore(THREADS + MAX_WAITING)
+        self.places = threading.BoundedSemaphore(THREADS + max_waiting)
 
 
-_pools: dict[int, _Pool] = {}
-"""By process id: the threads of a process do not live on in its fork."""
+_pool = _Pool()
+
+
+@_runtime.on_reset
+def _renew_pool() -> None:
+    global _pool
+    _pool = _Pool()
 
 
 async def check_password(request: HttpRequest, name: str, password: str) -> Any:
-    """Return the user whom Django's ``authenticate()`` finds, or ``None``.
+    """Return the user that Django's ``authenticate()`` accepts, or ``None``.
 
     It calls the synchronous ``authenticate()`` of each backend.
 
     :raises RateLimited: after too many failures, or while too many logins wait.
     """
-    pool = _pools.get(os.getpid()) or _pools.setdefault(os.getpid(), _Pool())
+    pool = _pool
     if not pool.places.acquire(blocking=False):
         raise RateLimited(BUSY_SECONDS, "Too many logins at once")
     try:
@@ -77,10 +80,10 @@ def _authenticate(request: HttpRequest, name: str, password: str) -> Any:
 
 
 def _windows(network: str, name: str) -> list[tuple[Window, int]]:
-    """Return what a failure counts against, each with the most failures allowed.
+    """Return the windows that count a failure, each with the most failures allowed.
 
-    Never a user alone: anybody could lock that user out. So nothing if the server passes
-    no address.
+    No window counts a user alone, because any client could then lock that user out. So there is
+    none if the server passes no address.
     """
     rate = conf.login_rate
     if rate is None or not network:

@@ -1,24 +1,22 @@
-"""Counters over fixed windows of time, in Django's default cache.
+"""Counters over fixed time windows, in Django's default cache.
 
 The count is exact where the cache's ``incr()`` is atomic: the local-memory, Redis and
 Memcached backends. The file-based and database backends read, add and write.
 """
-
-from __future__ import annotations
 
 import math
 import time
 
 from django.core.cache import cache
 
-from .tokens import token_key
+from ..protocol.tokens import token_key
 
 
 class Window:
-    """The current window of time of one sender. Its methods block.
+    """The current time window of one sender. Its methods block.
 
-    :param name: what is counted.
-    :param sender: the client that is counted, as text.
+    :param name: the name of the counter.
+    :param sender: the user or the address whose requests are counted.
     :param seconds: the length of the window.
     """
 
@@ -27,18 +25,18 @@ class Window:
         number = int(now // seconds)
         self.seconds_left = math.ceil((number + 1) * seconds - now)
         """Whole seconds after which the next window begins."""
-        # The clocks of processes differ a little: the key outlives its window.
+        # The clocks of processes differ a little, so the key is kept longer than its window.
         self._timeout = 2 * seconds + 1
         self._key = f"django_eventsource.{name}.{token_key(sender)}.{number}"
 
     def count(self) -> int:
-        """Return the count."""
+        """Return the count of the window."""
         return int(cache.get(self._key, 0))
 
     def add(self) -> int:
-        """Add one and return the new count."""
+        """Increase the count by one and return it."""
         cache.add(self._key, 0, timeout=self._timeout)
         try:
             return cache.incr(self._key)
         except ValueError:
-            return 1  # the cache has dropped the key since, or stores nothing
+            return 1  # the cache has dropped the key, or does not store keys

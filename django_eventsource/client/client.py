@@ -1,9 +1,7 @@
-"""Clients that listen to an event stream and reconnect, in sync and in async code.
+"""Clients that listen to an event stream and reconnect, for sync and for async code.
 
-Works with any server of server-sent events. Needs httpx, and no Django.
+They work with any server of server-sent events. The module does not import Django.
 """
-
-from __future__ import annotations
 
 import asyncio
 import math
@@ -14,37 +12,35 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from types import AsyncGeneratorType
-from typing import Self
+from typing import Self, cast
 
-import httpx
+import httpx2
 
-from .connection import (
-    FAILURES,
+from ..exceptions import ClientError, ReceivedEventTooLarge
+from ..protocol.frames import CONTENT_TYPE, MAX_EVENT_BYTES, Decoder, ServerSentEvent
+from ..protocol.rewind import parse_rewind
+from ._http import (
+    REQUEST_ERRORS,
     Auth,
     Headers,
     Target,
-    aiter_raw,
     aread_excerpt,
     content_encoding,
-    is_network_failure,
+    is_network_error,
     media_type,
     printable,
     read_excerpt,
-    refusal,
+    response_error,
 )
-from .exceptions import ClientError, ReceivedEventTooLarge
-from .frames import CONTENT_TYPE, MAX_EVENT_BYTES, Decoder, ServerSentEvent
 
 MIN_WAIT_SECONDS = 0.1
-"""The shortest wait before a reconnection, whatever the server asks for."""
-STEADY_SECONDS = 10.0
-"""A stream that was open for so long needs no back-off, even if it brought nothing new."""
+"""Seconds of the shortest wait before a reconnection, even if the server sends a shorter time."""
 MAX_BACKOFF_SECONDS = 60.0
-"""The longest back-off. A longer retry time of the server is still respected."""
+"""Seconds of the longest wait of the back-off. A longer retry time of the server still applies."""
 MAX_WAIT_SECONDS = 3600.0
-"""The longest wait of all. A longer retry time or ``Retry-After`` of the server is cut to it."""
+"""Seconds of the longest wait. It bounds the server's retry time and ``Retry-After`` too."""
 TRANSIENT_STATUSES = frozenset({429, 500, 502, 503, 504})
-"""The statuses of a server that is overloaded, failing or being restarted."""
+"""The statuses of a server that is overloaded, fails or restarts."""
 _REQUEST_HEADERS = {
     "Accept": CONTENT_TYPE,
     "Accept-Encoding": "identity",
@@ -53,8 +49,11 @@ _REQUEST_HEADERS = {
 _UNSENDABLE_ID = re.compile(r"[\0\r\n\v\f\ud800-\udfff]")
 
 
-class _Listener:
-    """What both listening clients know and decide. Their subclasses do the I/O."""
+class _BaseClient:
+    """The state and the decisions of both listening clients. The subclasses do the I/O."""
+
+    _stable_seconds = 10.0
+    """Seconds after which an open stream ends the back-off, even if it contained no new event."""
 
     def __init__(
         self,
@@ -63,6 +62,7 @@ class _Listener:
         headers: Headers = (),
         auth: Auth | None = None,
         last_event_id: str = "",
+        rewind: str | int | None = None,
         retry_ms: int = 3000,
         reconnect: bool = True,
         retry_statuses: Collection[int] = (),
@@ -76,19 +76,24 @@ class _Listener:
         if retry_ms < 0:
             raise ValueError(f"retry_ms must be 0 or more milliseconds, not {retry_ms}.")
         self._target = Target(url, headers, auth)
-        given = self._target.headers.pop("Last-Event-ID", "")
-        self.last_event_id = last_event_id or given
-        """The last event id, as of the event that was taken last."""
+        if rewind is not None:
+            parse_rewind(rewind)
+            self._target.add_to_query(f"rewind={rewind}")
+        header = self._target.headers.pop("Last-Event-ID", "")
+        self.last_event_id = last_event_id or header
+        """The last event id: that of the event that the iteration returned last."""
         if _UNSENDABLE_ID.search(self.last_event_id):
-            raise ValueError(_unsendable(self.last_event_id))
+            raise ValueError(_unsendable_message(self.last_event_id))
         self.retry_ms = retry_ms
-        """The current reconnection time, milliseconds."""
+        """The milliseconds before a reconnection."""
         self.reconnect = reconnect
+        """Whether the client reconnects when the stream ends and when the network fails."""
         self.retry_statuses = retry_statuses
+        """The statuses after which the client reconnects as well."""
         self._options = self._target.options(verify, read_timeout_seconds) | {
             "follow_redirects": True,
-            # A kept connection may be one that the server is closing.
-            "limits": httpx.Limits(max_keepalive_connections=0),
+            # The server may be closing a connection that is kept.
+            "limits": httpx2.Limits(max_keepalive_connections=0),
         }
         self._on_diagnostic = on_diagnostic
         self._on_error = on_error
@@ -97,35 +102,21 @@ class _Listener:
         self._events: deque[ServerSentEvent] = deque()
         self._failure: ClientError | None = None
         self._decoder = self._make_decoder()
-        self._fruitless = 0
-        """The number of connections and attempts since the last one that brought something new."""
-        self._steady_at = math.inf
-        """When the open stream will have been open for long, by ``time.monotonic()``."""
+        self._fruitless_attempts = 0
+        """The number of reconnections since the last new event or id."""
+        self._stable_at = math.inf
+        """The ``time.monotonic()`` at which the open stream counts as stable."""
         self._wait_seconds = 0.0
-        self._finished = False
-
-    def _begin(self) -> httpx.Headers:
-        """Begin a connection: give the headers of its request.
-
-        :raises ClientError: when the last event id cannot be sent, which loses events.
-        """
-        self._steady_at = math.inf
-        self._say(f"Connecting to {self._target.name}")
-        headers = httpx.Headers(_REQUEST_HEADERS)
-        headers.update(self._target.headers)
-        if self.last_event_id:
-            if _UNSENDABLE_ID.search(self.last_event_id):
-                raise ClientError(_unsendable(self.last_event_id))
-            headers.update([(b"Last-Event-ID", self.last_event_id.strip(" \t").encode())])
-        return headers
+        self._ended = False
+        """Whether the iteration ends after the received events."""
 
     def _make_decoder(self) -> Decoder:
         return Decoder(self.last_event_id, max_event_bytes=self._max_event_bytes)
 
-    def _take(self) -> ServerSentEvent | None:
-        """Return the next event that has arrived, if any.
+    def _next_event(self) -> ServerSentEvent | None:
+        """Return the next received event, or ``None`` if there is none.
 
-        :raises ClientError: if no event is left before one that is too large.
+        :raises ClientError: if the next event is too large.
         """
         if self._events:
             event = self._events.popleft()
@@ -137,132 +128,148 @@ class _Listener:
             raise failure
         return None
 
-    def _connected(self, response: httpx.Response) -> None:
-        self._steady_at = time.monotonic() + STEADY_SECONDS
+    def _begin_connection(self) -> httpx2.Headers:
+        """Return the headers of the request.
+
+        :raises ClientError: if the last event id cannot be sent. Without it events would be lost.
+        """
+        self._stable_at = math.inf
+        self._diagnose(f"Connecting to {self._target.name}")
+        headers = httpx2.Headers(_REQUEST_HEADERS)
+        headers.update(self._target.headers)
+        if self.last_event_id:
+            if _UNSENDABLE_ID.search(self.last_event_id):
+                raise ClientError(_unsendable_message(self.last_event_id))
+            headers.update([(b"Last-Event-ID", self.last_event_id.strip(" \t").encode())])
+        return headers
+
+    def _handle_response(self, response: httpx2.Response) -> None:
+        self._stable_at = time.monotonic() + self._stable_seconds
         self._decoder = self._make_decoder()
         name = printable(response.url)
-        if response.status_code == httpx.codes.NO_CONTENT:
-            self._finished = True
-            self._say(f"{name} answered 204 No Content: there is nothing to listen to")
+        if response.status_code == httpx2.codes.NO_CONTENT:
+            self._ended = True
+            self._diagnose(f"{name} responded with 204 No Content: there are no more events")
         else:
-            self._say(f"Connected to {name}")
+            self._diagnose(f"Connected to {name}")
 
-    def _feed(self, chunk: bytes) -> None:
+    def _handle_chunk(self, chunk: bytes) -> None:
         last_event_id = self._decoder.last_event_id
         try:
             self._events.extend(self._decoder.feed(chunk))
         except ReceivedEventTooLarge as error:
             self._events.extend(error.events)
-            # Not answered by reconnecting, which would receive the same event.
+            # The client does not reconnect, because it would receive the same event again.
             self._failure = ClientError(
                 f"{self._target.name} sent an event of more than {self._max_event_bytes} bytes "
                 "(max_event_bytes)."
             )
         if self._events or self._decoder.last_event_id != last_event_id:
-            self._fruitless = 0
+            self._fruitless_attempts = 0
         if self._decoder.retry_ms is not None:
             self.retry_ms = self._decoder.retry_ms
 
-    def _ended(self) -> None:
-        """Answer a proper end of the stream."""
-        self._say("The server ended the stream")
+    def _handle_end(self) -> None:
+        self._diagnose("The server ended the stream")
         if self.reconnect:
-            self._schedule()
+            self._schedule_reconnection()
         else:
-            self._finished = True
+            self._ended = True
 
-    def _failed(self, error: Exception, sentence: str) -> None:
-        """Answer a failure.
+    def _handle_failure(self, error: Exception, sentence: str) -> None:
+        """Schedule a reconnection.
 
-        :raises ClientError: the failure, unless it may pass and this client reconnects.
+        :raises ClientError: the failure, if it is permanent or this client does not reconnect.
         """
-        if self._finished:
-            return  # Closed by somebody else, and it is that which failed.
-        failure = self._target.failure(error, sentence)
-        if not self.reconnect or not self._may_pass(error):
+        if self._ended:
+            return  # Another task closed the client, which broke the connection.
+        failure = self._target.client_error(error, sentence)
+        if isinstance(error, ClientError):
+            is_transient = error.status in self.retry_statuses
+        else:
+            is_transient = is_network_error(error)
+        if not self.reconnect or not is_transient:
             raise failure
         if self._on_error is not None:
             self._on_error(failure)
-        self._schedule(failure.retry_after or 0.0)
+        self._schedule_reconnection(failure.retry_after or 0.0)
 
-    def _may_pass(self, error: Exception) -> bool:
-        if isinstance(error, ClientError):
-            return error.status in self.retry_statuses
-        return is_network_failure(error)
-
-    def _schedule(self, at_least_seconds: float = 0.0) -> None:
-        """Decide how long to wait before connecting again.
-
-        The retry time; exponentially longer while no event and no new last event id arrives.
-        """
-        if time.monotonic() >= self._steady_at:
-            self._fruitless = 0
+    def _schedule_reconnection(self, at_least_seconds: float = 0.0) -> None:
+        """Set the wait to the retry time, or to a multiple of it after fruitless attempts."""
+        if time.monotonic() >= self._stable_at:
+            self._fruitless_attempts = 0
         wait = max(self.retry_ms / 1000, MIN_WAIT_SECONDS)
-        if self._fruitless:
-            backoff = wait * 2 ** min(self._fruitless, 16)
+        if self._fruitless_attempts:
+            backoff = wait * 2 ** min(self._fruitless_attempts, 16)
             wait = max(wait, min(backoff, MAX_BACKOFF_SECONDS) * (1 + self._jitter()) / 2)
-        self._fruitless += 1
+        self._fruitless_attempts += 1
         self._wait_seconds = min(max(wait, at_least_seconds), MAX_WAIT_SECONDS)
-        self._say(f"Reconnecting in {self._wait_seconds:.3g} s")
+        self._diagnose(f"Reconnecting in {self._wait_seconds:.3g} s")
 
-    def _end(self) -> None:
-        self._finished = True
+    def _stop(self) -> None:
+        self._ended = True
         self._events.clear()
         self._failure = None
         self._decoder = self._make_decoder()
 
-    def _say(self, text: str) -> None:
+    def _diagnose(self, text: str) -> None:
         if self._on_diagnostic is not None:
             self._on_diagnostic(text)
 
 
-def _is_usable(response: httpx.Response) -> bool:
-    """Tell whether the response is a stream, or the answer that there is none any more."""
-    if response.status_code == httpx.codes.OK:
+def _is_usable(response: httpx2.Response) -> bool:
+    """Whether the response is an event stream, or the status that ends one."""
+    if response.status_code == httpx2.codes.OK:
         return media_type(response) == CONTENT_TYPE and content_encoding(response) is None
-    return response.status_code == httpx.codes.NO_CONTENT
+    return response.status_code == httpx2.codes.NO_CONTENT
 
 
-def _unsendable(event_id: str) -> str:
-    return f"The last event id {event_id!r} cannot be sent: no header can hold it."
+def _unsendable_message(event_id: str) -> str:
+    return f"The last event id {event_id!r} cannot be sent: a header cannot contain it."
 
 
-class EventSourceClient(_Listener):
-    """Listen to an event stream, reconnecting with the last event id.
+class EventSourceClient(_BaseClient):
+    """Listen to an event stream, and reconnect with the last event id.
 
-    Iterate over it to get :class:`~django_eventsource.frames.ServerSentEvent` objects, and
-    close it, best by ``with``. As the standard says, the client reconnects when the stream ends
-    and when the network fails, and any answer other than a stream is final. The iteration ends
-    when the server answers 204, after :meth:`close`, and at the end of the stream unless
-    ``reconnect``. You can resume an iteration that was left or that raised; no event is lost.
+    Iterate over the client to receive :class:`~django_eventsource.client.ServerSentEvent`
+    objects. Close it, preferably with ``with``. As the HTML standard requires, the client
+    reconnects when the stream ends and when the network fails, and every response other than a
+    stream is final. The iteration ends when the server responds with 204, after :meth:`close`,
+    and, without ``reconnect``, at the end of the stream. You can resume an iteration that you
+    left or that raised; no event is lost.
 
-    :param url: the stream. A user and password in it are sent as HTTP Basic.
+    :param url: the URL of the stream. A user and password in it are sent as HTTP Basic.
     :param headers: more request headers, as a mapping or as pairs. They are never changed,
-        and never sent to another origin by a redirect.
-    :param auth: a user and a password for HTTP Basic, or any ``httpx.Auth``. An
+        and a redirect to another origin removes them.
+    :param auth: a user and a password for HTTP Basic, or any ``httpx2.Auth``. An
         ``Authorization`` in ``headers`` wins.
-    :param last_event_id: the event to go on after; empty for none.
-    :param retry_ms: the time before reconnecting, in milliseconds, until the server sets
-        another one. The wait grows to a minute while nothing new arrives; it is at least 0.1 s
-        and at most an hour.
+    :param last_event_id: the id of the event after which the stream starts; empty for none.
+    :param rewind: the stored events with which the stream starts if there is no last event id: a
+        number (``10``), an age (``"30s"``, ``"5m"``, ``"2h"``) or ``"all"``. Servers other than
+        django-eventsource may ignore it.
+    :param retry_ms: the milliseconds before a reconnection, until the server sets another time.
+        The wait grows to a minute while nothing new arrives. It is at least 0.1 seconds and at
+        most an hour.
     :param reconnect: whether to reconnect when the stream ends and when the network fails.
-    :param retry_statuses: statuses that are answered by reconnecting as well, after the time
-        that ``Retry-After`` asks for: ``TRANSIENT_STATUSES``, for example.
-    :param max_event_bytes: the most bytes of one event. A larger one is a failure that is not
-        answered by reconnecting.
-    :param read_timeout_seconds: how long the stream may be silent; ``None`` for ever.
+    :param retry_statuses: the statuses after which the client reconnects as well, for example
+        ``TRANSIENT_STATUSES``. It waits for the time of ``Retry-After`` at least.
+    :param max_event_bytes: the greatest number of bytes of one event. After a larger event the
+        client raises and does not reconnect.
+    :param read_timeout_seconds: the seconds without data after which the stream has failed.
+        ``None`` sets no limit.
     :param verify: ``False`` to accept any certificate, or an ``ssl.SSLContext``.
-    :param on_diagnostic: is given a line of text at each step.
-    :param on_error: is given each failure that is answered by reconnecting.
-    :param jitter: gives numbers from 0 to 1 that spread repeated reconnections.
-    :raises ValueError: for an argument that cannot be used.
-    :raises ClientError: (in the iteration) if the answer is not a stream, if a certificate is
+    :param on_diagnostic: a function that is called with a line of text at each step.
+    :param on_error: a function that is called with each failure after which the client
+        reconnects.
+    :param jitter: a function that returns numbers from 0 to 1, which spread the reconnections.
+    :raises ValueError: if an argument is not valid.
+    :raises ClientError: (in the iteration) if the response is not a stream, if a certificate is
         not trusted, if an event is too large, if an event id cannot be sent in a header, and
         without ``reconnect`` after any failure.
     """
 
-    _http: httpx.Client | None = None
-    _response: httpx.Response | None = None
+    _http: httpx2.Client | None = None
+    _response: httpx2.Response | None = None
     _chunks: Iterator[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -276,69 +283,66 @@ class EventSourceClient(_Listener):
 
     def __next__(self) -> ServerSentEvent:
         try:
-            while (event := self._take()) is None:
-                if self._finished:
+            while (event := self._next_event()) is None:
+                if self._ended:
                     self.close()
                     raise StopIteration
-                self._step()
+                if self._chunks is not None:
+                    self._read(self._chunks)
+                elif self._wait_seconds:
+                    self.wait(self._wait_seconds)
+                    self._wait_seconds = 0.0
+                else:
+                    self._connect()
         except BaseException:
             self._disconnect()
             raise
         return event
 
     def close(self) -> None:
-        """Close the connection and end the iteration. Closing twice is harmless."""
-        self._end()
+        """Close the connection and end the iteration. You can call it twice."""
+        self._stop()
         self._disconnect()
         if self._http is not None:
             self._http.close()
 
     def wait(self, seconds: float) -> None:
-        """Wait before reconnecting. Override it to wait in another way."""
+        """Wait before a reconnection. Override it to wait differently.
+
+        :param seconds: the seconds to wait.
+        """
         time.sleep(seconds)
 
-    def _step(self) -> None:
-        if self._chunks is None:
-            self._connect()
-        else:
-            self._read(self._chunks)
-
     def _connect(self) -> None:
-        if self._wait_seconds:
-            self.wait(self._wait_seconds)
-            self._wait_seconds = 0.0
-            if self._finished:
-                return
-        headers = self._begin()
+        headers = self._begin_connection()
         try:
-            self._response = response = self._open(headers)
+            if self._http is None:
+                self._http = httpx2.Client(**self._options, event_hooks=self._target.hooks())
+            request = self._http.build_request("GET", self._target.url, headers=headers)
+            self._response = response = self._http.send(request, stream=True)
             if not _is_usable(response):
-                raise refusal(response, read_excerpt(response))
-        except FAILURES as error:
+                raise response_error(
+                    response, read_excerpt(response, self._target.excerpt_seconds)
+                )
+        except REQUEST_ERRORS as error:
             self._disconnect()
-            self._failed(error, "Cannot connect to")
+            self._handle_failure(error, "Cannot connect to")
         else:
             self._chunks = response.iter_raw()
-            self._connected(response)
-
-    def _open(self, headers: httpx.Headers) -> httpx.Response:
-        if self._http is None:
-            self._http = httpx.Client(**self._options, event_hooks=self._target.hooks())
-        request = self._http.build_request("GET", self._target.url, headers=headers)
-        return self._http.send(request, stream=True)
+            self._handle_response(response)
 
     def _read(self, chunks: Iterator[bytes]) -> None:
         try:
             chunk = next(chunks, None)
-        except FAILURES as error:
+        except REQUEST_ERRORS as error:
             self._disconnect()
-            self._failed(error, "Lost the stream of")
+            self._handle_failure(error, "Lost the connection to")
         else:
             if chunk is None:
                 self._disconnect()
-                self._ended()
+                self._handle_end()
             else:
-                self._feed(chunk)
+                self._handle_chunk(chunk)
 
     def _disconnect(self) -> None:
         response, self._response, self._chunks = self._response, None, None
@@ -346,16 +350,16 @@ class EventSourceClient(_Listener):
             response.close()
 
 
-class AsyncEventSourceClient(_Listener):
-    """Listen to an event stream in asynchronous code, reconnecting with the last event id.
+class AsyncEventSourceClient(_BaseClient):
+    """Listen to an event stream in asynchronous code, and reconnect with the last event id.
 
-    Takes the arguments of :class:`EventSourceClient` and does the same, by ``async for``
-    and ``async with``. A cancelled iteration closes its connection; iterating again goes
-    on after the last event that was given.
+    The arguments and the behaviour are those of :class:`EventSourceClient`, with ``async for``
+    and ``async with``. A cancelled iteration closes its connection. If you iterate again, the
+    client continues after the last event that it returned.
     """
 
-    _http: httpx.AsyncClient | None = None
-    _response: httpx.Response | None = None
+    _http: httpx2.AsyncClient | None = None
+    _response: httpx2.Response | None = None
     _chunks: AsyncGeneratorType[bytes, None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -369,75 +373,75 @@ class AsyncEventSourceClient(_Listener):
 
     async def __anext__(self) -> ServerSentEvent:
         try:
-            while (event := self._take()) is None:
-                if self._finished:
+            while (event := self._next_event()) is None:
+                if self._ended:
                     await self.aclose()
                     raise StopAsyncIteration
-                await self._step()
+                if self._chunks is not None:
+                    await self._read(self._chunks)
+                elif self._wait_seconds:
+                    await self.wait(self._wait_seconds)
+                    self._wait_seconds = 0.0
+                else:
+                    await self._connect()
         except BaseException:
             await self._disconnect()
             raise
         return event
 
     async def aclose(self) -> None:
-        """Close the connection and end the iteration. Closing twice is harmless."""
-        self._end()
+        """Close the connection and end the iteration. You can call it twice."""
+        self._stop()
         await self._disconnect()
         if self._http is not None:
             await self._http.aclose()
 
     async def wait(self, seconds: float) -> None:
-        """Wait before reconnecting. Override it to wait in another way."""
+        """Wait before a reconnection. Override it to wait differently.
+
+        :param seconds: the seconds to wait.
+        """
         await asyncio.sleep(seconds)
 
-    async def _step(self) -> None:
-        if self._chunks is None:
-            await self._connect()
-        else:
-            await self._read(self._chunks)
-
     async def _connect(self) -> None:
-        if self._wait_seconds:
-            await self.wait(self._wait_seconds)
-            self._wait_seconds = 0.0
-            if self._finished:
-                return
-        headers = self._begin()
+        headers = self._begin_connection()
         try:
-            self._response = response = await self._open(headers)
+            if self._http is None:
+                self._http = httpx2.AsyncClient(
+                    **self._options, event_hooks=self._target.async_hooks()
+                )
+            request = self._http.build_request("GET", self._target.url, headers=headers)
+            self._response = response = await self._http.send(request, stream=True)
             if not _is_usable(response):
-                raise refusal(response, await aread_excerpt(response))
-        except FAILURES as error:
+                raise response_error(
+                    response, await aread_excerpt(response, self._target.excerpt_seconds)
+                )
+        except REQUEST_ERRORS as error:
             await self._disconnect()
-            self._failed(error, "Cannot connect to")
+            self._handle_failure(error, "Cannot connect to")
         else:
-            self._chunks = aiter_raw(response)
-            self._connected(response)
-
-    async def _open(self, headers: httpx.Headers) -> httpx.Response:
-        if self._http is None:
-            self._http = httpx.AsyncClient(**self._options, event_hooks=self._target.async_hooks())
-        request = self._http.build_request("GET", self._target.url, headers=headers)
-        return await self._http.send(request, stream=True)
+            # httpx2 does not declare that this is a generator.
+            self._chunks = cast("AsyncGeneratorType[bytes, None]", response.aiter_raw())
+            self._handle_response(response)
 
     async def _read(self, chunks: AsyncGeneratorType[bytes, None]) -> None:
         try:
             chunk = await anext(chunks, None)
-        except FAILURES as error:
+        except REQUEST_ERRORS as error:
             await self._disconnect()
-            self._failed(error, "Lost the stream of")
+            self._handle_failure(error, "Lost the connection to")
         else:
             if chunk is None:
                 await self._disconnect()
-                self._ended()
+                self._handle_end()
             else:
-                self._feed(chunk)
+                self._handle_chunk(chunk)
 
     async def _disconnect(self) -> None:
         response, self._response = self._response, None
         chunks, self._chunks = self._chunks, None
         if response is not None:
             await response.aclose()
-        # It is running when another task closes the client than the one that iterates.
+        # The generator is running if another task than the iterating one closes the client.
         if chunks is not None and not chunks.ag_running:
             await chunks.aclose()

@@ -1,6 +1,4 @@
-"""Histories, and the one that this process uses."""
-
-from __future__ import annotations
+"""The histories, and the history of this process."""
 
 import threading
 from typing import Any
@@ -9,8 +7,10 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from django.utils.module_loading import import_string
 
+from .._runtime import on_reset
 from ..conf import conf
-from .base import Draft, Entry, Head, History, Kind, Position, Slice
+from .base import History
+from .records import Draft, Entry, Head, Kind, Position, Slice
 
 __all__ = ["Draft", "Entry", "Head", "History", "Kind", "Position", "Slice", "get_history"]
 
@@ -19,9 +19,11 @@ _lock = threading.Lock()
 
 
 def get_history() -> History:
-    """Give the process's history, made once from ``EVENTSOURCE_HISTORY``.
+    """Return the history of this process.
 
-    :raises ImproperlyConfigured: when the setting is wrong.
+    The first call makes it from ``EVENTSOURCE_HISTORY``. A forked process makes another one.
+
+    :raises ImproperlyConfigured: if the setting is wrong.
     """
     global _current
     with _lock:
@@ -31,9 +33,9 @@ def get_history() -> History:
 
 
 def make_history() -> History:
-    """Make a history from ``EVENTSOURCE_HISTORY``.
+    """Return a new history from ``EVENTSOURCE_HISTORY``.
 
-    :raises ImproperlyConfigured: when the setting is wrong.
+    :raises ImproperlyConfigured: if the setting is wrong.
     """
     path, options = conf.history
     try:
@@ -55,10 +57,17 @@ def make_history() -> History:
         ) from error
 
 
-def _forget_history(*, setting: str, **kwargs: Any) -> None:
-    global _current
+@on_reset
+def _reset() -> None:
+    global _current, _lock
+    _current = None
+    # A thread of the parent process may have held the lock during the fork.
+    _lock = threading.Lock()
+
+
+def _on_setting_changed(*, setting: str, **kwargs: Any) -> None:
     if setting in ("EVENTSOURCE_HISTORY", "DATABASES"):
-        _current = None
+        _reset()
 
 
-setting_changed.connect(_forget_history)
+setting_changed.connect(_on_setting_changed)

@@ -1,6 +1,4 @@
-"""What the commands share to reach a server: options, URLs and credentials."""
-
-from __future__ import annotations
+"""The options, URLs and credentials that the commands share."""
 
 import getpass
 import math
@@ -12,46 +10,44 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-import httpx
+import httpx2
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import CommandError, CommandParser, OutputWrapper
 from django.db import DatabaseError
 from django.urls import NoReverseMatch, reverse
 
-from .connection import Auth, hide_secrets
-from .exceptions import EventSourceError
-from .grants import make_grant
-from .history import get_history
+from ..client._http import Auth, hide_secrets, parse_url
+from ..exceptions import EventSourceError
+from ..grants import make_grant
+from ..history import get_history
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 PASSWORD_VARIABLE = "EVENTSOURCE_PASSWORD"  # noqa: S105
 GRANT_SECONDS = 60
-"""The lifetime of the grant that a command makes for one request of its own."""
+"""Seconds for which the grant of one request is valid."""
 
 Options = Mapping[str, Any]
 
-_HOST = re.compile(r"[^\s/?#@\[\]\\]+")
-_WHOLE_URL = re.compile(r"https?://", re.IGNORECASE)
-# The control characters but tab and line feed, the bidirectional ones, and U+2028 and U+2029.
-_COMMANDING = re.compile(
+# Control characters except tab and line feed, bidirectional ones, U+2028 and U+2029.
+_TERMINAL_CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
-# Stand for action and token where the project's URL patterns are asked.
+# Placeholders for reverse(), which are then replaced by the action and the token.
 _ACTION = "eventsource-action"
 _TOKEN = "eventsource-token"  # noqa: S105
 
 
 class NotMountedError(CommandError):
-    """The project's URL patterns do not include ours."""
+    """The project's URL patterns do not include ``django_eventsource.urls``."""
 
 
-class GrantAuth(httpx.Auth):
-    """Sign every request with a fresh grant, made with the project's ``SECRET_KEY``.
+class GrantAuth(httpx2.Auth):
+    """Sign every request with a new grant, made with the project's ``SECRET_KEY``.
 
-    :param token: the token it is for, or several.
-    :param listen: grant the right to listen.
-    :param action: grant the right to send this action.
+    :param token: the token or tokens of the grant.
+    :param listen: whether the grant allows listening.
+    :param action: the action that the grant allows to send, or ``None``.
     """
 
     def __init__(
@@ -61,7 +57,9 @@ class GrantAuth(httpx.Auth):
         self.listen = listen
         self.action = action
 
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+    def auth_flow(
+        self, request: httpx2.Request
+    ) -> Generator[httpx2.Request, httpx2.Response, None]:
         """Add the grant to the request."""
         grant = make_grant(
             self.token, listen=self.listen, actions=self.action, seconds=GRANT_SECONDS
@@ -74,42 +72,42 @@ class GrantAuth(httpx.Auth):
 
 
 def add_url_arguments(parser: CommandParser) -> None:
-    """Add the options that say where the server is."""
+    """Add the options that make the URL of the server."""
     group = parser.add_argument_group("server")
     group.add_argument("-H", "--host", help=f"Host name or address (default: {DEFAULT_HOST}).")
     group.add_argument("-P", "--port", help=f"Port (default: {DEFAULT_PORT}).")
     group.add_argument(
         "-x",
         "--prefix",
-        help="Path before /<action>/<token> (default: where the project mounts the URLs).",
+        help="Path before /<action>/<token> (default: the path of the project's URL patterns).",
     )
     group.add_argument("-S", "--ssl", action="store_true", help="Use https.")
     group.add_argument(
         "--url",
         metavar="BASE",
-        help="All of these in one: https://host:port, or with the path that the URLs are "
-        "mounted under: https://host/events.",
+        help="Replaces the other options of this group: https://host:port, or with the path "
+        "before /<action>/<token>: https://host/events.",
     )
 
 
 def add_http_arguments(parser: CommandParser) -> None:
-    """Add the options that say how to talk to the server."""
+    """Add the options of the HTTP requests."""
     group = parser.add_argument_group("HTTP")
     group.add_argument(
         "-u",
         "--user",
-        help="Log in with HTTP Basic (default: sign the request with the SECRET_KEY).",
+        help="User for HTTP Basic (default: sign the request with the SECRET_KEY).",
     )
     group.add_argument(
         "-p",
         "--password",
-        help=f"The user's password (default: ${PASSWORD_VARIABLE}, or a prompt).",
+        help=f"Password of the user (default: ${PASSWORD_VARIABLE}, or a prompt).",
     )
     group.add_argument(
         "--header",
         action="append",
         metavar="'NAME: VALUE'",
-        help="Send this request header too; repeatable.",
+        help="Additional request header; repeatable.",
     )
     group.add_argument(
         "--cafile", metavar="FILE", help="Trust the certificate authorities of this PEM file."
@@ -119,8 +117,8 @@ def add_http_arguments(parser: CommandParser) -> None:
     )
 
 
-def given(options: Options, *names: str) -> list[str]:
-    """Give the command-line names of those options that were given."""
+def given_options(options: Options, *names: str) -> list[str]:
+    """Return the command-line names of the options that the user passed."""
     flags = {
         "host": "-H/--host",
         "port": "-P/--port",
@@ -138,9 +136,9 @@ def given(options: Options, *names: str) -> list[str]:
 
 
 def whole_number(name: str, value: object, maximum: int | None = None) -> int:
-    """Read an option that must be a whole number from 1.
+    """Return the value of an option as a whole number from 1.
 
-    :raises CommandError: when it is anything else.
+    :raises CommandError: if it is not one, or greater than the maximum.
     """
     text = str(value)
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else 0
@@ -151,9 +149,9 @@ def whole_number(name: str, value: object, maximum: int | None = None) -> int:
 
 
 def positive_seconds(name: str, value: object) -> float:
-    """Read an option that must be a positive number of seconds.
+    """Return the value of an option as a positive number of seconds.
 
-    :raises CommandError: when it is anything else.
+    :raises CommandError: if it is not one.
     """
     try:
         seconds = float(str(value))
@@ -164,41 +162,42 @@ def positive_seconds(name: str, value: object) -> float:
     return seconds
 
 
-def expected() -> tuple[type[Exception], ...]:
-    """Give what publishing may raise that is to be told in one line."""
-    return (EventSourceError, ValueError, ImproperlyConfigured, *get_history().failures)
+def reportable_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that a command reports in one line, without a traceback."""
+    return (EventSourceError, ValueError, ImproperlyConfigured, *get_history().storage_errors)
 
 
-def sentence(error: Exception) -> str:
-    """Put an error in one line, with the way out where the history's store is what failed."""
+def error_message(error: Exception) -> str:
+    """Return one line about an error, with a hint if the history's store failed."""
     notes = getattr(error, "__notes__", [])
     text = " ".join(" ".join([str(error), *notes]).split()).rstrip(".") + "."
     if isinstance(error, DatabaseError):
-        return f"The history's database failed: {text} Was `manage.py migrate` run?"
+        text += " If tables are missing, run `manage.py migrate`."
+        return f"The history's database failed: {text}"
     if not isinstance(error, EventSourceError | ValueError | ImproperlyConfigured):
         return f"The history's store failed: {text}"
     return text
 
 
 def discard_output(output: OutputWrapper) -> None:
-    """Keep the interpreter from failing at exit on output that nobody reads any more."""
+    """Discard buffered output, which would make the interpreter fail at exit."""
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), output.fileno())
 
 
 def displayable(text: str, output: OutputWrapper) -> str:
-    """Return text of a server for an output, in characters that the output's encoding has.
+    """Return the text of a server in characters that the encoding of an output contains.
 
-    On a terminal, characters that command it or reorder what it shows are escaped.
+    On a terminal, characters that control it or reorder its text are escaped.
     """
     if output.isatty():
-        text = _COMMANDING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+        text = _TERMINAL_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     encoding = output_encoding(output)
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def output_encoding(output: OutputWrapper) -> str:
-    """Return the encoding of an output. One without a name accepts any text."""
+    """Return the encoding of an output, UTF-8 if it has none."""
     return getattr(output, "encoding", None) or "utf-8"
 
 
@@ -206,15 +205,15 @@ def output_encoding(output: OutputWrapper) -> str:
 
 
 def is_whole_url(text: str) -> bool:
-    """Tell whether what was given as a token is a URL instead."""
-    return _WHOLE_URL.match(text) is not None
+    """Whether the text that was passed as a token is a URL instead."""
+    return text.lower().startswith(("http://", "https://"))
 
 
 def event_url(action: str, token: str, options: Options) -> str:
-    """Give the URL of an action and a token on the server that the options name.
+    """Return the URL of an action and a token on the server of the options.
 
-    :raises NotMountedError: when the path is not given and the project's URLs do not tell it.
-    :raises CommandError: for options that make no URL.
+    :raises NotMountedError: if neither the options nor the project's URL patterns have the path.
+    :raises CommandError: if an option is not valid.
     """
     if options["url"] is not None:
         return _url_under(options["url"], action, token, options)
@@ -231,20 +230,17 @@ def event_url(action: str, token: str, options: Options) -> str:
 
 
 def _url_under(base: str, action: str, token: str, options: Options) -> str:
-    others = given(options, "host", "port", "prefix", "ssl")
+    others = given_options(options, "host", "port", "prefix", "ssl")
     if others:
-        raise CommandError(f"--url holds all of {', '.join(others)}: give one or the other.")
-    try:
-        url = httpx.URL(base)
-    except httpx.InvalidURL:
-        # The error of httpx may quote a part of the password.
-        raise CommandError(f"--url {hide_secrets(base)!r} is not a valid URL.") from None
-    if url.scheme not in ("http", "https") or not url.host:
         raise CommandError(
-            f"--url must begin with http:// or https:// and a host, not {hide_secrets(base)!r}."
+            f"--url replaces {', '.join(others)}: pass either --url or these options."
         )
+    try:
+        url = parse_url(base)
+    except ValueError as error:
+        raise CommandError(f"--url: {error}") from None
     if url.userinfo:
-        raise CommandError("--url holds a user: give -u/--user and -p/--password instead.")
+        raise CommandError("--url contains a user: pass it with -u/--user and -p/--password.")
     if url.query or url.fragment:
         raise CommandError(
             f"--url must have no query and no fragment, not {hide_secrets(base)!r}."
@@ -258,14 +254,14 @@ def _url_under(base: str, action: str, token: str, options: Options) -> str:
 def _check_host(host: str) -> str:
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     text = f"[{bare}]" if ":" in bare else bare
+    # A host that contains a separator is replaced by an empty one, which is not valid.
+    is_host = re.fullmatch(r"[^\s/?#@\[\]\\]+", bare)
     try:
-        if not _HOST.fullmatch(bare):
-            raise httpx.InvalidURL("not a host")
-        httpx.URL(f"http://{text}/")
-    except httpx.InvalidURL:
+        parse_url(f"http://{text if is_host else ''}/")
+    except ValueError:
         raise CommandError(
             f"-H/--host must be a host name or an address, not {hide_secrets(host)!r}. "
-            "A port is given with -P/--port, and a whole URL with --url."
+            "Pass a port with -P/--port, and a whole URL with --url."
         ) from None
     return text
 
@@ -275,11 +271,11 @@ def _mounted_path(action: str, token: str) -> str:
         path = reverse("eventsource:event", kwargs={"action": _ACTION, "token": _TOKEN})
     except NoReverseMatch as error:
         raise NotMountedError(
-            "The project's URLs do not include django_eventsource.urls: add "
-            'path("events/", include("django_eventsource.urls")) to them, '
-            "or say where they are with -x/--prefix or --url."
+            "The project's URL patterns do not include django_eventsource.urls. Add "
+            'path("events/", include("django_eventsource.urls")), '
+            "or pass their path with -x/--prefix or --url."
         ) from error
-    # Not reversed with the real ones, whose slashes and dots would not survive.
+    # reverse() would change slashes and dots in a real action or token.
     segments = {_ACTION: _segment(action), _TOKEN: _segment(token)}
     return re.sub("|".join(segments), lambda match: segments[match[0]], path)
 
@@ -289,7 +285,7 @@ def _last_segments(action: str, token: str) -> str:
 
 
 def _segment(text: str) -> str:
-    # A segment of one or two dots is resolved away unless they are encoded.
+    # Clients remove a segment of one or two dots unless the dots are encoded.
     return text.replace(".", "%2E") if text in (".", "..") else quote(text, safe="")
 
 
@@ -297,9 +293,9 @@ def _segment(text: str) -> str:
 
 
 def make_headers(options: Options) -> list[tuple[str, str]]:
-    """Read the --header options.
+    """Return the --header options as pairs of name and value.
 
-    :raises CommandError: for one that is not ``Name: value``.
+    :raises CommandError: if one is not ``Name: value``.
     """
     headers = []
     for line in options["header"] or []:
@@ -311,19 +307,19 @@ def make_headers(options: Options) -> list[tuple[str, str]]:
 
 
 def make_auth(options: Options, default: Auth | None) -> Auth | None:
-    """Give what the requests authenticate with.
+    """Return the authentication of the requests.
 
-    A header of the user's own wins over a user, and both over the default.
+    An Authorization header wins over a user, and both win over the default.
 
-    :raises CommandError: for a user name that HTTP Basic cannot carry, a password without
-        a user, or a password that can be asked from nobody.
+    :raises CommandError: if the user contains a colon, if there is a password without a user,
+        or if there is no password and no terminal to ask for it.
     """
     user, password = options["user"], options["password"]
     if any(name.lower() == "authorization" for name, _ in make_headers(options)):
         return None
     if user is None:
         if password is not None:
-            raise CommandError("-p/--password needs a user: give -u/--user.")
+            raise CommandError("-p/--password needs a user: pass it with -u/--user.")
         return default
     if ":" in user:
         raise CommandError(
@@ -338,29 +334,31 @@ def make_auth(options: Options, default: Auth | None) -> Auth | None:
 def _ask_password(user: str) -> str:
     try:
         with warnings.catch_warnings():
-            # Without a terminal getpass would read the data from standard input.
+            # Without a terminal getpass would read the DATA of standard input.
             warnings.simplefilter("error", getpass.GetPassWarning)
             return getpass.getpass(f"Password for {user}: ")
     except (getpass.GetPassWarning, EOFError) as error:
         raise CommandError(
-            f"There is no terminal to ask for the password of {user!r}: give it with "
+            f"There is no terminal to ask for the password of {user!r}: pass it with "
             f"-p/--password or ${PASSWORD_VARIABLE}."
         ) from error
 
 
 def make_verify(options: Options) -> bool | ssl.SSLContext:
-    """Give how the server's certificate is verified.
+    """Return the ``verify`` argument of the clients.
 
-    :raises CommandError: for a file that holds no certificates, or contradictory options.
+    :raises CommandError: if the file contains no certificates, or if both options are passed.
     """
     cafile = options["cafile"]
     if cafile is None:
         return not options["insecure"]
     if options["insecure"]:
-        raise CommandError("--cafile and --insecure contradict each other: give one.")
+        raise CommandError("--cafile and --insecure contradict each other: pass one of them.")
     try:
         return ssl.create_default_context(cafile=cafile)
     except ssl.SSLError as error:
-        raise CommandError(f"--cafile {cafile!r} holds no certificates in PEM format.") from error
+        raise CommandError(
+            f"--cafile {cafile!r} contains no certificates in PEM format."
+        ) from error
     except OSError as error:
         raise CommandError(f"--cafile {cafile!r} cannot be read: {error.strerror}.") from error

@@ -1,47 +1,54 @@
-"""The event-stream format: events to bytes, and bytes to events. Pure, no I/O.
+"""Encode events in the event-stream format, and decode them, without I/O.
 
-Follows "Server-sent events" in the WHATWG HTML standard,
+The module follows "Server-sent events" in the WHATWG HTML standard,
 https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
-from __future__ import annotations
-
 import codecs
+import json
 from dataclasses import dataclass
+from functools import lru_cache
 
-from .exceptions import ReceivedEventTooLarge
+from ..exceptions import ReceivedEventTooLarge
+from .field_rules import RESET
 
 CONTENT_TYPE = "text/event-stream"
 
 KEEPALIVE = b": keepalive\n"
-"""A comment line. No blank line: any blank line would commit the id buffer."""
+"""A comment line without a blank line, because a blank line would commit the id buffer."""
 
 DEFAULT_ACTION = "message"
 """The event type of an event without an ``event`` line."""
 
 MAX_RETRY_MS = 10**15 - 1
-"""The longest reconnection time that is sent, and the one a longer one is read as."""
+"""The longest reconnection time that is sent. The decoder reduces a longer one to this."""
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
-"""The most bytes of one received event, unless the decoder is given another number."""
+"""The default limit of the bytes of one received event."""
 
 
 # Events to bytes
 
 
 def encode_event(action: str, data: bytes, event_id: str | None = None) -> bytes:
-    """Encode one event. The type ``message`` is the default, which is not named.
+    """Return the bytes of one event. The type ``message``, which is the default, is left out.
 
-    :param action: the event type; the caller has checked it with ``events.check_field``.
-    :param data: UTF-8 text whose lines end with LF only. Always gives at least one
-        ``data`` line, since an event without one is never dispatched.
-    :param event_id: the id, or ``None`` for an event that leaves the last event id alone.
+    :param action: the event type, checked with ``text.check_field``.
+    :param data: UTF-8 text whose lines end with LF only. Empty data is one ``data`` line,
+        because clients do not dispatch an event without one.
+    :param event_id: the id, or ``None`` for an event that does not change the last event id.
     """
-    return b"%s%sdata: %s\n\n" % (
-        _id_line(event_id),
-        b"" if action == DEFAULT_ACTION else b"event: %s\n" % action.encode(),
+    return b"%b%bdata: %b\n\n" % (
+        b"" if event_id is None else b"id: %b\n" % event_id.encode(),
+        event_line(action),
         data.replace(b"\n", b"\ndata: "),
     )
+
+
+@lru_cache(maxsize=1024)
+def event_line(action: str) -> bytes:
+    """Return the line with the type of an event; nothing for the default one."""
+    return b"" if action == DEFAULT_ACTION else b"event: %b\n" % action.encode()
 
 
 def event_size(action: str, data: bytes) -> int:
@@ -49,28 +56,49 @@ def event_size(action: str, data: bytes) -> int:
     return len(encode_event(action, b"")) + len(data) + data.count(b"\n") * len(b"data: ")
 
 
-def encode_retry(milliseconds: int, event_id: str | None = None) -> bytes:
-    """Encode a reconnection time. With an id it is a block that commits the id.
+def replace_id(frame: bytes, event_id: str) -> bytes:
+    """Return an encoded event, which has an id, with another id."""
+    return _id_line(event_id) + frame.partition(b"\n")[2]
 
-    The block has an event type because htmx 4 drops one that contains ``retry`` alone. It has
-    no data, so that no client dispatches it.
+
+def encode_retry(milliseconds: int, event_id: str | None = None) -> bytes:
+    """Return the bytes of a reconnection time.
+
+    The block has an event type because htmx 4 drops a block that contains ``retry`` alone. It has
+    no data, so clients do not dispatch it.
+
+    :param milliseconds: the reconnection time, at most :data:`MAX_RETRY_MS`.
+    :param event_id: an id that the block commits, or ``None``.
     """
     return b"%sevent: retry\nretry: %d\n\n" % (_id_line(event_id), milliseconds)
 
 
 def encode_id(event_id: str) -> bytes:
-    """Encode a block that commits an id and dispatches nothing."""
+    """Return the bytes of a block that commits an id and dispatches no event."""
     return _id_line(event_id) + b"\n"
 
 
-def encode_comment(text: str) -> bytes:
-    """Encode one comment line, which clients ignore.
+def encode_reset(
+    reason: str,
+    *,
+    after: str | None,
+    resume: str | None,
+    token: str | None = None,
+    commit: bool = True,
+) -> bytes:
+    """Return the bytes of the event that reports missed events to a listener.
 
-    :raises ValueError: when the text holds a line end.
+    :param reason: ``unknown`` (the history has no event with the id), ``expired`` (events after
+        the id may be missing) or ``overflow`` (live-only events were dropped).
+    :param after: the last event id before the missed events, or ``None``.
+    :param resume: the id after which the stream continues, or ``None``.
+    :param token: the token of the missed events, on a stream with several tokens.
+    :param commit: whether ``resume`` becomes the last event id of the listener.
     """
-    if "\r" in text or "\n" in text:
-        raise ValueError(f"A comment must not hold a line end: {text!r}.")
-    return b": %s\n" % text.encode()
+    data = {"reason": reason, "after": after, "resume": resume}
+    if token is not None:
+        data["token"] = token
+    return encode_event(RESET, json.dumps(data).encode(), resume if commit else None)
 
 
 def _id_line(event_id: str | None) -> bytes:
@@ -82,22 +110,25 @@ def _id_line(event_id: str | None) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSentEvent:
-    """One received event: its type, its data, and the last event id as of it."""
+    """One received event."""
 
-    event: str = "message"
+    event: str = DEFAULT_ACTION
+    """The event type."""
     data: str = ""
+    """The data; lines are separated by LF."""
     id: str = ""
+    """The last event id at this event."""
 
 
 class Decoder:
     """Incremental decoder of one event stream.
 
-    Feed it the bytes of the stream, cut anywhere. Use a new decoder for each connection, and
-    start it with the last event id of the one before.
+    Pass it the bytes of the stream in chunks of any size. Use a new decoder for each connection,
+    and pass it the ``last_event_id`` of the previous decoder.
 
-    :param last_event_id: the id to start from.
-    :param max_event_bytes: the most bytes that a line may have, together with the data lines
-        of its event before it.
+    :param last_event_id: the last event id at the start.
+    :param max_event_bytes: the most bytes of a line, together with the data lines of its event
+        before it.
     :raises ValueError: if ``max_event_bytes`` is less than 1.
     """
 
@@ -105,13 +136,13 @@ class Decoder:
         if max_event_bytes < 1:
             raise ValueError(f"max_event_bytes must be 1 or more, not {max_event_bytes}.")
         self.last_event_id = last_event_id
-        """The last event id, as committed by the blank lines seen so far."""
+        """The last event id that a blank line has committed."""
         self.retry_ms: int | None = None
-        """The last reconnection time the server set, milliseconds."""
+        """The last reconnection time that the server sent, in milliseconds, or ``None``."""
         self._max_event_bytes = max_event_bytes
         self._at_start = True
         self._after_cr = False
-        # Bytes, and not lists of texts: short lines and chunks would cost an object each.
+        # Bytes in place of lists of texts, which would need an object for each line or chunk.
         self._line = bytearray()
         self._data = bytearray()
         self._event = ""
@@ -120,11 +151,12 @@ class Decoder:
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """Return the events that the next bytes of the stream complete.
 
+        :param chunk: any number of bytes, which may end in the middle of a line.
         :raises ReceivedEventTooLarge: if an event has more than ``max_event_bytes``. The decoder
             cannot be used after that.
         """
         if self._after_cr and chunk:
-            # The CR ended the line already; an LF right after it belongs to the same line end.
+            # The CR ended the line. An LF that follows it belongs to the same line end.
             self._after_cr = False
             chunk = chunk.removeprefix(b"\n")
         if not chunk:
@@ -164,7 +196,7 @@ class Decoder:
             if b"\0" not in value:
                 self._id_buffer = value.decode(errors="replace")
         elif name == b"retry" and value.isdigit():
-            # Bounded before int(), which refuses more than 4,300 digits.
+            # int() raises for more than 4,300 digits.
             self.retry_ms = min(int(value.lstrip(b"0")[:18] or b"0"), MAX_RETRY_MS)
         return None
 
@@ -174,7 +206,7 @@ class Decoder:
         if self._data:
             del self._data[-1]  # the line end after the last line
             event = ServerSentEvent(
-                event=self._event or "message",
+                event=self._event or DEFAULT_ACTION,
                 data=self._data.decode(errors="replace"),
                 id=self.last_event_id,
             )

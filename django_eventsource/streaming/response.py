@@ -1,17 +1,15 @@
-"""The response that carries a stream, and hands it over where it can."""
-
-from __future__ import annotations
+"""The response whose body is a stream."""
 
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from django.http import StreamingHttpResponse
 
-from .frames import CONTENT_TYPE
-from .streams import EventStream
+from ..protocol.frames import CONTENT_TYPE
+from .open_stream import OpenStream
 
 PRIVATE = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
-"""The headers of every answer. Django's cache middleware heeds ``private`` alone."""
+"""The headers of every response. Django's cache middleware reads ``private`` only."""
 HEADERS = {
     **PRIVATE,
     "Content-Type": CONTENT_TYPE,
@@ -22,51 +20,51 @@ HEADERS = {
 
 
 class Slot:
-    """Where the response of a stream leaves it for ``django_eventsource.asgi`` to serve.
+    """The place in the ASGI scope where a response puts its stream for ``Handover`` to send.
 
-    :param scope: the server's ASGI scope, which lives as long as the connection.
+    :param scope: the server's ASGI scope, which exists as long as the connection.
     """
 
     __slots__ = ("scope", "stream")
 
     KEY = "django_eventsource.slot"
-    """Its place in the ASGI scope."""
+    """The key in the ASGI scope."""
 
     def __init__(self, scope: Mapping[str, Any]) -> None:
         self.scope = scope
-        self.stream: EventStream | None = None
+        self.stream: OpenStream | None = None
 
 
 class EventStreamResponse(StreamingHttpResponse):
-    """The response that carries a stream.
+    """The response whose body is a stream.
 
-    :param slot: where to leave the stream, instead of streaming inside of Django.
+    :param slot: the place for the stream if ``Handover`` sends it; ``None`` if Django sends it.
     """
 
-    def __init__(self, stream: EventStream, slot: Slot | None = None) -> None:
+    def __init__(self, stream: OpenStream, slot: Slot | None = None) -> None:
         super().__init__(stream, headers=HEADERS)
         self._stream = stream
         self._slot = slot
         self._unwrapped = self._iterator  # type: ignore[attr-defined]
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        # Two nested generators per chunk are most of what Django costs: skip them while
-        # no middleware has put its own iterator around the stream.
+        # Django wraps each chunk in two nested generators, which is most of its cost. Avoid them
+        # unless middleware has put its own iterator around the stream.
         if self._iterator is not self._unwrapped:  # type: ignore[attr-defined]
             return super().__aiter__()
-        # Django's handler marks the response that it sends. Any other is being iterated over
-        # by middleware, for a response of its own.
+        # Django's handler sets this attribute on the response that it sends. Without it,
+        # middleware iterates over the response to make another one.
         if self._slot is None or getattr(self, "_handler_class", None) is None:
             return self._stream
         self._slot.stream = self._stream
-        return Nothing()
+        return EmptyBody()
 
 
-class Nothing(AsyncIterator[bytes]):
-    """Gives no chunk at all."""
+class EmptyBody(AsyncIterator[bytes]):
+    """A body without chunks."""
 
     async def __anext__(self) -> bytes:
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """End it, which it is."""
+        """Do nothing; Django's handler calls it."""

@@ -1,11 +1,23 @@
-"""What ASGI does not offer: waiting for a slow reader on Daphne, cutting a connection, and
-detecting that the server shuts down.
+"""Access to the server's connection: back-pressure, abort, unsent bytes, and shutdown.
 
-All need the server's own objects, found through the ``send`` that it gives. A server that
-is not known is left to what ASGI says: its ``send`` waits, and ends with the response.
+ASGI offers none of this, so the functions find the server's own objects through the ``send``
+callable that the server passes to the application. For an unknown server they return ``None``, and
+the caller relies on ASGI alone: ``send`` waits while the client does not read.
+
+What each server needs (checked with daphne 4.2, uvicorn 0.54, hypercorn 0.18, gunicorn 27.0,
+granian 2.8):
+
+- daphne: ``send`` never waits. Its ``functools.partial`` contains the Twisted request, which
+  accepts a push producer and has the transport. It shuts down by a signal only.
+- uvicorn: ``send`` is a method of the request-response cycle, which has the asyncio transport. The
+  handler of SIGTERM belongs to the ``Server``, whose sockets show a shutdown.
+- hypercorn: ``send`` is a method of an object that refers, through others, to the
+  ``StreamWriter`` and to the ``WorkerContext`` of the worker process.
+- gunicorn's ASGI worker: ``send`` is a closure over the protocol, which has the transport and the
+  worker.
+- granian: ``send`` is compiled code. Nothing can be found, so its streams are sent in small
+  pieces.
 """
-
-from __future__ import annotations
 
 import array
 import asyncio
@@ -13,60 +25,53 @@ import contextlib
 import functools
 import signal
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 try:
     import fcntl
     import termios
-except ImportError:  # pragma: no cover (Windows tells nothing of what is on its way)
+except ImportError:  # pragma: no cover (Windows has no TIOCOUTQ)
     fcntl = termios = None  # type: ignore[assignment]
 
-STEP_SECONDS = 0.02
-MOST_FUNCTIONS = 20
+DRAIN_POLL_SECONDS = 0.02
+MAX_FUNCTIONS = 20
+"""The number of nested functions after which the search through middleware stops."""
 
 
 class Producer:
-    """A Twisted push producer that tells whether the transport wants more.
+    """A Twisted push producer, through which a transport reports whether it accepts data.
 
     https://docs.twisted.org/en/stable/core/howto/producers.html
     """
 
     def __init__(self, request: Any) -> None:
-        self._ready = asyncio.Event()
-        self._ready.set()
+        self.ready = asyncio.Event()
+        """Set while the transport accepts data, and after the connection was lost."""
+        self.ready.set()
         self._request = request
         request.registerProducer(self, True)
 
     def release(self) -> None:
-        """Be no producer any more, which must be before the response ends."""
-        request, self._request = self._request, None
+        """Unregister the producer. Twisted requires this before the response ends."""
+        request, self._request = self._request, None  # the request refers to the producer
         if getattr(request, "channel", None) is not None:
             request.unregisterProducer()
 
     def pauseProducing(self) -> None:  # noqa: N802
-        """Receive: the transport has as much as it wants to hold."""
-        self._ready.clear()
+        """Record that the transport's buffer is full."""
+        self.ready.clear()
 
     def resumeProducing(self) -> None:  # noqa: N802
-        """Receive: it wants more."""
-        self._ready.set()
+        """Record that the transport accepts data again."""
+        self.ready.set()
 
     def stopProducing(self) -> None:  # noqa: N802
-        """Receive: it has gone."""
-        self._ready.set()
-
-    @property
-    def ready(self) -> bool:
-        """Does it want more?"""
-        return self._ready.is_set()
-
-    async def wait(self) -> None:
-        """Wait until it wants more."""
-        await self._ready.wait()
+        """Record that the connection was lost."""
+        self.ready.set()
 
 
-def daphne_request(send: Any) -> Any:
-    """Give the Twisted request behind Daphne's ``send``, or ``None``."""
+def _daphne_request(send: Any) -> Any:
     for function in _behind(send):
         for one in getattr(function, "args", ()):
             if hasattr(one, "registerProducer") and getattr(one, "channel", None) is not None:
@@ -75,17 +80,15 @@ def daphne_request(send: Any) -> Any:
 
 
 def _behind(send: Any) -> Iterator[Any]:
-    """Give a ``send``, and the functions that it calls: middleware wraps it in its own."""
-    found, seen = [send], 0
-    while found and seen < MOST_FUNCTIONS:
-        one = found.pop(0)
-        seen += 1
-        yield one
-        found += [other for other in _held_by(one) if callable(other)]
+    """Yield a ``send`` and the functions that it calls, because middleware wraps it."""
+    functions = [send]
+    for function in islice(functions, MAX_FUNCTIONS):  # the list grows during the loop
+        yield function
+        functions += [other for other in _held_by(function) if callable(other)]
 
 
 def _held_by(function: Any) -> Iterator[Any]:
-    """Give what a function may call: what it is closed over, or bound to."""
+    """Yield what a function may call: its closure, its arguments, or a method of its object."""
     yield from _closed_over_by(function)
     if isinstance(function, functools.partial):
         yield from (function.func, *function.args, *function.keywords.values())
@@ -98,16 +101,12 @@ def _held_by(function: Any) -> Iterator[Any]:
 
 def _closed_over_by(function: Any) -> Iterator[Any]:
     for cell in getattr(function, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # a cell that is empty yet
+        with contextlib.suppress(ValueError):  # the cell is empty
             yield cell.cell_contents
 
 
 def _owners(function: Any) -> Iterator[Any]:
-    """Yield the objects that a function and the functions behind it work for.
-
-    That is the object of a method, and the protocol of gunicorn's ASGI worker, whose ``send``
-    is closed over it.
-    """
+    """Yield the objects of the methods behind a function, and gunicorn's protocol."""
     for one in _behind(function):
         yield getattr(one, "__self__", None)
         yield from (other for other in _closed_over_by(one) if _gunicorn_worker(other))
@@ -118,25 +117,29 @@ def _gunicorn_worker(protocol: Any) -> Any:
     return worker if hasattr(worker, "alive") else None
 
 
-def hold_back(send: Any) -> Producer | None:
-    """Give what Daphne is to be waited for with, or ``None`` where ``send`` waits itself."""
-    request = daphne_request(send)
+def register_producer(send: Any) -> Producer | None:
+    """Return a producer for a ``send`` of daphne; ``None`` if ``send`` itself waits."""
+    request = _daphne_request(send)
     return None if request is None else Producer(request)
 
 
 def find_transport(send: Any) -> Any:
-    """Give the transport behind a ``send``: Twisted's under Daphne, else asyncio's.
+    """Return the transport behind a ``send``: Twisted's for daphne, otherwise asyncio's.
 
-    ``None`` where the server is not known, or where the connection carries other requests.
+    ``None`` if the server is unknown, or if other requests share the connection (HTTP/2).
     """
-    request = daphne_request(send)
+    request = _daphne_request(send)
     if request is not None:
         return getattr(request.channel, "transport", None)
     for one in _owners(send):
-        # uvicorn and gunicorn keep the transport itself; hypercorn some objects further, each
-        # with a send.
-        if hasattr(one, "streams") or getattr(one, "_h2_tasks", None):
-            return None  # HTTP/2
+        # uvicorn and gunicorn have the transport itself. hypercorn has it some objects further,
+        # each of which has a ``send``.
+        if (
+            hasattr(one, "streams")
+            or getattr(one, "_h2_tasks", None)
+            or hasattr(getattr(one, "stream", None), "pending_bytes")
+        ):
+            return None  # HTTP/2: of hypercorn, gunicorn and uvicorn
         for holder in (getattr(one, "writer", None), one):
             transport = getattr(holder, "transport", None)
             if hasattr(transport, "abort"):
@@ -147,22 +150,20 @@ def find_transport(send: Any) -> Any:
 def find_shutdown(send: Any) -> Callable[[], bool] | None:
     """Return a function that returns whether the server shuts down.
 
-    ``None`` where the server is not known. daphne and granian end their processes by a signal
-    only, so there is nothing to find.
+    ``None`` if the server is unknown. daphne and granian end their processes by a signal only.
     """
     for one in (*_owners(send), *_owners(signal.getsignal(signal.SIGTERM))):
         for find in (_uvicorn_shutdown, _hypercorn_shutdown, _gunicorn_shutdown):
-            ends = find(one)
-            if ends is not None:
-                return ends
+            is_ending = find(one)
+            if is_ending is not None:
+                return is_ending
     return None
 
 
 def _uvicorn_shutdown(server: Any) -> Callable[[], bool] | None:
-    """Look at a ``uvicorn.Server``, which the handler of SIGTERM belongs to.
+    """Check the sockets of a ``uvicorn.Server``, which closes them when it shuts down.
 
-    It closes its sockets when it shuts down. At ``--limit-max-requests`` nothing else shows it
-    for every connection (0.54): ``should_exit`` stays false.
+    At ``--limit-max-requests`` (uvicorn 0.54) ``should_exit`` stays false, so it cannot be used.
     """
     if not hasattr(server, "server_state") or not hasattr(server, "servers"):
         return None
@@ -170,59 +171,62 @@ def _uvicorn_shutdown(server: Any) -> Callable[[], bool] | None:
 
 
 def _hypercorn_shutdown(stream: Any) -> Callable[[], bool] | None:
-    """Look at a stream of hypercorn: all of a worker share its ``WorkerContext``."""
+    """Check the ``WorkerContext`` that all streams of a hypercorn worker share."""
     terminated = getattr(getattr(stream, "context", None), "terminated", None)
     return getattr(terminated, "is_set", None)
 
 
 def _gunicorn_shutdown(protocol: Any) -> Callable[[], bool] | None:
-    """Look at a connection of gunicorn's ASGI worker."""
+    """Check the worker of gunicorn that a connection belongs to."""
     worker = _gunicorn_worker(protocol)
     return None if worker is None else lambda: not worker.alive
 
 
-def cut(transport: Any) -> None:
-    """End a connection, dropping what is not yet sent."""
+def abort_connection(transport: Any) -> None:
+    """Abort a connection and drop its unsent bytes."""
     abort = getattr(transport, "abortConnection", None) or getattr(transport, "abort", None)
     if abort is not None:
         abort()
 
 
-async def emptied(transport: Any) -> None:
-    """Wait until the transport holds nothing: it says only that it does not want more."""
-    held = getattr(transport, "get_write_buffer_size", None)
-    while held is not None and held():  # noqa: ASYNC110
-        await asyncio.sleep(STEP_SECONDS)
+async def wait_drained(transport: Any) -> None:
+    """Wait until the transport's buffer is empty.
+
+    It is polled, because the transport reports only whether its buffer is full.
+    """
+    size = getattr(transport, "get_write_buffer_size", None)
+    while size is not None and size():  # noqa: ASYNC110
+        await asyncio.sleep(DRAIN_POLL_SECONDS)
 
 
 def unsent(transport: Any) -> int | None:
-    """Give the bytes that the reader has not got yet, as far as that can be known.
+    """Return the number of bytes that the client has not received; ``None`` if it is unknown.
 
-    They are in the transport's buffer, or with the operating system: for a slow reader that
-    is megabytes, and nothing else shows that they become less.
+    They are in the transport's buffer and in the operating system's, which for a slow client
+    contains megabytes. A decreasing number is the only sign that such a client reads.
     """
     size = getattr(transport, "get_write_buffer_size", None)
     handle = getattr(transport, "getHandle", None)
     try:
         if size is not None:
-            held, connection = size(), transport.get_extra_info("socket")
+            buffered, connection = size(), transport.get_extra_info("socket")
         elif handle is not None:
-            held = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
+            buffered = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
             connection = handle()
         else:
             return None
-        return int(held) + _queued(connection.fileno())
+        return int(buffered) + _queued(connection.fileno())
     except (AttributeError, ValueError):
         return None
 
 
 def _queued(descriptor: int) -> int:
-    """Give what the operating system holds of a connection; 0 where it does not tell.
+    """Return the unsent bytes in the operating system's buffer; 0 if it does not report them.
 
-    :raises ValueError: when the connection has gone.
+    :raises ValueError: if the connection is closed.
     """
     if descriptor < 0:
-        raise ValueError("The connection has gone.")
+        raise ValueError("The connection is closed.")
     queued = array.array("i", [0])
     if fcntl is not None:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Settings of the demo site on several processes. What they need more is marked with (*).
+"""Settings of the demo site on several processes. (*) marks what differs from one process.
 
 `make demo-cluster` sets the environment variables.
 """
@@ -19,8 +19,8 @@ DATABASES = {
 
 REDIS_URL = os.environ.get("EVENTSOURCE_DEMO_REDIS", "redis://127.0.0.1:6379")
 
-# (*) Events reach the other processes at once. Without a shared layer they would within
-# half a second, through the database.
+# (*) Live-only events reach the other processes. Without a shared layer only durable events reach
+# them, through the database.
 CHANNEL_LAYERS = {
     "default": {
         "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
@@ -28,7 +28,7 @@ CHANNEL_LAYERS = {
     }
 }
 
-# (*) Events are stored in Redis or Valkey. Without this they would be in the database.
+# (*) Events are stored in Redis or Valkey. Without this setting they are stored in the database.
 EVENTSOURCE_HISTORY = {
     "BACKEND": "django_eventsource.history.redis.RedisHistory",
     "OPTIONS": {"HOSTS": [REDIS_URL]},

@@ -1,4 +1,4 @@
-"""What to type in another terminal."""
+"""The commands to type in another terminal."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 from django.conf import settings
 
 DEFAULT_TOKEN = "42:42:42:42:42:42"
+MACHINE_TOKEN = "demo:machine"
+"""The token of the machine's load and memory."""
 DEFAULT_PORT = 8000
-# Where the commands look when they are not told.
+# The hosts that the commands use by default.
 HERE = ("127.0.0.1", "localhost", "0.0.0.0", "::")  # noqa: S104
 
 
 def commands(token: str, host: str = HERE[0], port: int = DEFAULT_PORT) -> list[str]:
-    """Give the commands that listen to a token, send an event to it, and close it."""
+    """Return the commands that listen to a token, send an event to it, and close it."""
     manage = f"{short(sys.executable)} {short(settings.BASE_DIR / 'manage.py')}"
     where = "" if host in HERE else f" -H {shlex.quote(host)}"
     where += "" if port == DEFAULT_PORT else f" -P {port}"
@@ -28,6 +30,6 @@ def commands(token: str, host: str = HERE[0], port: int = DEFAULT_PORT) -> list[
 
 
 def short(path: str | Path) -> str:
-    """Give a path as short as it can be typed where this process was started."""
+    """Return a path, relative to the working directory if it is inside of it."""
     path, here = Path(path), Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

@@ -15,11 +15,12 @@ from django_eventsource import publish
 from django_eventsource.events import JSONIdEvent
 from django_eventsource.history import get_history
 
+from .hints import MACHINE_TOKEN
+
 logger = logging.getLogger("testproject.machine")
 
-TOKEN = "demo:machine"
 PRUNE_SECONDS = 600
-"""Open streams prune the history; nobody may be looking."""
+"""Seconds between two prunings. Open streams prune too, but there may be none."""
 
 
 class MachineEvent(JSONIdEvent):
@@ -29,20 +30,20 @@ class MachineEvent(JSONIdEvent):
 
 
 class Publisher(threading.Thread):
-    """Publishes a sample per interval until it is stopped, whatever the database does.
+    """Publishes a sample per interval until it is stopped, also after database errors.
 
-    It runs in the server's process, and so reaches the streams there at once.
+    It runs in the server's process, so that the streams there receive each sample at once.
     """
 
     def __init__(self, interval_seconds: float = 1.0) -> None:
         super().__init__(name="machine", daemon=True)
         self.interval_seconds = interval_seconds
         self.fails = False
-        """Did the last attempt fail?"""
+        """Whether the last attempt failed."""
         self._quit = threading.Event()
 
     def run(self) -> None:
-        psutil.cpu_percent()  # the next call gives the share since this one
+        psutil.cpu_percent()  # the next call returns the share since this one
         due = prune_at = time.monotonic()
         try:
             while True:
@@ -58,30 +59,30 @@ class Publisher(threading.Thread):
 
     def publish(self) -> None:
         """Publish one sample."""
-        self.attempt(publish, TOKEN, "sample", sample(), MachineEvent)
+        self.attempt(publish, MACHINE_TOKEN, "sample", sample(), MachineEvent)
 
     def attempt(self, func: Any, *args: Any) -> None:
-        """Call something that may fail: say so once, and go on."""
+        """Call a function that may fail. Log the first failure and the recovery only."""
         try:
             func(*args)
         except Exception:
             if not self.fails:
-                logger.exception("The machine's figures cannot be published; going on trying.")
+                logger.exception("Publishing this machine's figures failed; retrying.")
             self.fails = True
             close_old_connections()
         else:
             if self.fails:
-                logger.warning("The machine's figures are published again.")
+                logger.warning("Publishing this machine's figures works again.")
             self.fails = False
 
     def stop(self, timeout_seconds: float = 0.5) -> None:
-        """End the thread; as a daemon it keeps no process alive if it is stuck."""
+        """End the thread. As a daemon thread it does not keep the process alive if it hangs."""
         self._quit.set()
         self.join(timeout_seconds)
 
 
 def next_due(due: float, now: float, interval_seconds: float) -> float:
-    """Give the next moment on the grid that ``due`` is on: no drift, and no catching up."""
+    """Return the next time on the grid of ``due``, without drift and without catching up."""
     return due + max(1, math.ceil((now - due) / interval_seconds)) * interval_seconds
 
 

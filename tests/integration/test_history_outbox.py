@@ -1,4 +1,4 @@
-"""The outbox: what transactions wrote, before it has its numbers."""
+"""Tests of the outbox."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from django.db import connections, transaction
 
-from django_eventsource.history import Draft, Kind, outbox
-from django_eventsource.history.database import DatabaseHistory
+from django_eventsource.history import Draft, Kind
+from django_eventsource.history.database.backend import DatabaseHistory
 from django_eventsource.history.outbox import Outbox, columns_of, draft_of
 from django_eventsource.models import PendingEvent
-from tests.histories import ALIASES, DATABASES, draft, texts
+from tests.support.events import draft, texts
+from tests.support.histories import ALIASES, DATABASES, to_outbox
 
 real_commits = pytest.mark.django_db(transaction=True, databases=ALIASES)
 
@@ -25,24 +26,25 @@ def history(request: pytest.FixtureRequest) -> Iterator[DatabaseHistory]:
 
 @pytest.fixture
 def settled(history: DatabaseHistory) -> list[int]:
-    """How many events are settled in each batch."""
+    """Return the number of events settled in each batch."""
     batches: list[int] = []
-    append = history._append
+    settle = history._writer._settle_batch
 
-    def count(token: str, drafts: Any, **extra: Any) -> Any:
-        batches.append(len(drafts))
-        return append(token, drafts, **extra)
+    def count(token: str, patience: float | None) -> Any:
+        batch, more = settle(token, patience)
+        batches.append(len(batch))
+        return batch, more
 
-    history._append = count  # type: ignore[method-assign]
+    history._writer._settle_batch = count  # type: ignore[method-assign]
     return batches
 
 
 @real_commits
-def test_what_is_written_is_found(history: DatabaseHistory) -> None:
-    """In its order, and of this token only; what is removed is not there any more."""
+def test_the_outbox_returns_events_of_a_token_in_order(history: DatabaseHistory) -> None:
+    """Removed events are not returned any more."""
     box = Outbox(history.using)
     assert (box.tokens(), box.oldest("t")) == ([], ([], False))
-    drafts = [Draft(action="ping", data=b"\0\xff", event_id="own"), draft("b", kind=Kind.FINISH)]
+    drafts = [Draft(action="ping", data=b"\0\xff", event_id="own"), draft("b", kind=Kind.CLOSE)]
     refs = box.add("t", drafts)
     box.add("u", [draft("c")])
     assert sorted(box.tokens()) == ["t", "u"]
@@ -57,28 +59,26 @@ def test_what_is_written_is_found(history: DatabaseHistory) -> None:
 
 
 @real_commits
-def test_more_pending_events_than_a_batch(
-    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A long outbox is settled whole, in order, batch by batch."""
-    monkeypatch.setattr(outbox, "BATCH", 3)
+def test_a_long_outbox_is_settled_in_batches(history: DatabaseHistory, settled: list[int]) -> None:
+    """All events are settled, in order."""
     with transaction.atomic(using=history.using):
-        settle = history.stage("t", [draft(str(n)) for n in range(8)])
+        settle = to_outbox(history, *(draft(str(n)) for n in range(1_100)))
     entries = settle()
-    assert texts(entries) == [str(n) for n in range(8)]
-    assert [entry.seq - entries[0].seq for entry in entries] == list(range(8))
+    assert texts(entries) == [str(n) for n in range(1_100)]
+    assert [entry.seq - entries[0].seq for entry in entries] == list(range(1_100))
+    assert settled == [500, 500, 100]
 
 
 @real_commits
-def test_more_pending_bytes_than_a_statement_may_have(
+def test_large_pending_events_are_settled_in_several_statements(
     history: DatabaseHistory, settled: list[int]
 ) -> None:
-    """Large events are settled a few at a time: MySQL refuses what is over 16 MiB together."""
+    """MySQL refuses a statement of more than 16 MiB."""
     values = [f"{n:03}" + "x" * 60_000 for n in range(400)]
     with transaction.atomic(using=history.using):
         for value in values[:-1]:
-            history.stage("t", [draft(value)])
-        settle = history.stage("t", [draft(values[-1])])
+            to_outbox(history, draft(value))
+        settle = to_outbox(history, draft(values[-1]))
     (last,) = settle()
     assert last is not None
     assert last.draft.data == values[-1].encode()
@@ -91,16 +91,15 @@ def test_more_pending_bytes_than_a_statement_may_have(
     ("sizes", "batches"),
     [([5], [1]), ([5, 5], [2]), ([5, 5, 5], [3]), ([90, 5], [1, 1]), ([5, 90, 5, 1], [1, 1, 2])],
 )
-def test_pending_events_are_settled_by_their_size(
+def test_a_batch_is_bounded_by_bytes_but_contains_one_event(
     history: DatabaseHistory,
     settled: list[int],
-    monkeypatch: pytest.MonkeyPatch,
     sizes: list[int],
     batches: list[int],
 ) -> None:
-    """Each batch is as large as it may be, and a single event may be larger."""
-    monkeypatch.setattr(outbox, "BATCH_BYTES", 50)
+    """A single event may be larger than the bound."""
+    history._outbox.batch_bytes = 50
     with transaction.atomic(using=history.using):
-        settle = history.stage("t", [draft("x" * size) for size in sizes])
+        settle = to_outbox(history, *(draft("x" * size) for size in sizes))
     assert [len(entry.draft.data) for entry in settle() if entry is not None] == sizes
     assert settled == batches

@@ -1,4 +1,4 @@
-"""Presence in the database, beyond the contract: its clock, its statements, its races."""
+"""Tests of presence in the database beyond the contract: clock, statements, races."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from django.db import connections
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from django_eventsource.history.database import DatabaseHistory
+from django_eventsource.history.database.backend import DatabaseHistory
 from django_eventsource.models import ProcessLease, TokenPresence
-from tests.histories import ALIASES, DATABASES, MARIADB, age, in_thread
+from tests.support.histories import ALIASES, DATABASES, MARIADB, age, in_thread
 
 pytestmark = pytest.mark.django_db(databases=ALIASES)
 real_commits = pytest.mark.django_db(transaction=True, databases=ALIASES)
@@ -30,8 +30,8 @@ def statements(history: DatabaseHistory, changes: dict[str, list[str]]) -> int:
     return len([one for one in queries if "SAVEPOINT" not in one["sql"]])
 
 
-def test_statements_do_not_grow_with_the_listeners(history: DatabaseHistory) -> None:
-    """A renewal is one statement; changes are three more, however many they are."""
+def test_an_announcement_takes_at_most_four_statements(history: DatabaseHistory) -> None:
+    """A renewal runs one, and changes run three more for any number of listeners."""
     history.announce("p", {}, 60)
     assert statements(history, {}) == 1
     assert statements(history, {"t": ["a"]}) == 4
@@ -40,10 +40,10 @@ def test_statements_do_not_grow_with_the_listeners(history: DatabaseHistory) -> 
     assert not TokenPresence.objects.using(history.using).filter(token="t0").exists()
 
 
-def test_the_clock_is_the_databases(
+def test_leases_use_the_clock_of_the_database(
     history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process whose own clock is wrong takes nobody's lease, and gives none for ever."""
+    """A process with a wrong clock does not end another lease, and its own lease expires."""
     later = time.time() + 86_400
     monkeypatch.setattr(time, "time", lambda: later)
     monkeypatch.setattr(timezone, "now", lambda: pytest.fail("the process's clock was read"))
@@ -56,8 +56,8 @@ def test_the_clock_is_the_databases(
 
 
 @pytest.mark.parametrize("history", [MARIADB], indirect=True)
-def test_sessions_in_different_time_zones(history: DatabaseHistory) -> None:
-    """MariaDB's local time is the session's; leases are in UTC."""
+def test_leases_are_valid_in_sessions_of_different_time_zones(history: DatabaseHistory) -> None:
+    """MariaDB's local time depends on the session, so leases are in UTC."""
     with connections["mariadb"].cursor() as cursor:
         cursor.execute("SELECT @@session.time_zone")
         (zone,) = cursor.fetchone()
@@ -70,8 +70,7 @@ def test_sessions_in_different_time_zones(history: DatabaseHistory) -> None:
         cursor.execute("SET time_zone = %s", [zone])
 
 
-def test_pruning_empties_the_tables(history: DatabaseHistory) -> None:
-    """Rows of dead processes do not add up."""
+def test_prune_removes_all_rows_of_dead_processes(history: DatabaseHistory) -> None:
     for n in range(3):
         history.announce(f"dead {n}", {"t": ["a"], "other": ["b"]}, 60)
     age(history, 61)
@@ -82,10 +81,10 @@ def test_pruning_empties_the_tables(history: DatabaseHistory) -> None:
 
 
 @pytest.mark.parametrize("how", ["withdraw", "prune"])
-def test_who_comes_back_while_its_lease_is_removed(
+def test_a_lease_renewed_during_its_removal_is_kept(
     history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """A lease that was renewed between the look and the deletion stays; a gone one is gone."""
+    """An expired lease that another process removed is ignored."""
     history.announce("p", {"t": ["a"]}, 60)
     age(history, 61)
     presence = history._presence
@@ -108,8 +107,7 @@ def test_who_comes_back_while_its_lease_is_removed(
 
 
 @real_commits
-def test_an_emptied_store_is_told(history: DatabaseHistory) -> None:
-    """A process whose lease was taken away says everything again."""
+def test_a_process_whose_lease_was_removed_must_announce_again(history: DatabaseHistory) -> None:
     history.announce("p", {"t": ["a"]}, 60)
     in_thread(lambda: TokenPresence.objects.using(history.using).all().delete())
     in_thread(lambda: ProcessLease.objects.using(history.using).all().delete())
@@ -120,8 +118,8 @@ def test_an_emptied_store_is_told(history: DatabaseHistory) -> None:
 
 
 @real_commits
-def test_many_processes_at_once(history: DatabaseHistory) -> None:
-    """Announcing, withdrawing and pruning at once leaves what was said last."""
+def test_concurrent_announcements_leave_the_last_ones(history: DatabaseHistory) -> None:
+    """Processes announce, withdraw and prune at once."""
     names = [f"t{n}" for n in range(20)]
 
     def work(n: int) -> None:

@@ -1,8 +1,9 @@
-"""The Redis history, on real servers: what the contract's tests do not show."""
+"""Tests of the Redis history beyond the contract, on real servers."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,17 +28,21 @@ from django.core.management.base import CommandError
 from django.db import transaction
 from django.test import AsyncClient
 
+from django_eventsource.delivery.hub import get_hub
+from django_eventsource.delivery.notifier import notifier
 from django_eventsource.history import Draft, Entry, Kind, get_history
-from django_eventsource.history.redis import RedisHistory
-from django_eventsource.history.redis_hosts import Host
-from django_eventsource.history.redis_scripts import APPEND, FORGET
-from django_eventsource.hub import get_hub
+from django_eventsource.history.redis.backend import CLOCK_MARGIN, RedisHistory
+from django_eventsource.history.redis.scripts import APPEND, NOW, REMOVE, Script
+from django_eventsource.history.redis.servers import Host
+from django_eventsource.protocol.cursors import parse_cursor
+from django_eventsource.protocol.rewind import parse_rewind
+from django_eventsource.protocol.tokens import key_digest
 from django_eventsource.publishing import apublish, publish
-from django_eventsource.streams import EventStream
-from django_eventsource.tokens import CONTROL_TOKEN
-from tests.histories import add, age, age_server, draft, texts
-from tests.processes import start_python
-from tests.valkey import ValkeyServer, valkey
+from django_eventsource.streaming.stream import EventStream
+from tests.support.events import add, draft, texts
+from tests.support.histories import age, age_server, before_oldest
+from tests.support.processes import start_python
+from tests.support.valkey import ValkeyServer, valkey
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def history(valkey_server: ValkeyServer) -> RedisHistory:
 
 @pytest.fixture
 def own_server() -> Iterator[ValkeyServer]:
-    """A server that the test may harm; it writes every command to disk."""
+    """A server that the test may stop. It writes every command to disk."""
     with valkey("--appendonly", "yes", "--appendfsync", "always") as server:
         yield server
 
@@ -56,8 +62,14 @@ def of(server: ValkeyServer, **options: Any) -> RedisHistory:
 
 
 def everything(history: RedisHistory, token: str = "t") -> list[str]:
-    """Give the texts of all events that are kept."""
-    return texts(history.read(token, history.oldest(token), max_events=10_000).entries)
+    """Return the texts of all events that are kept."""
+    return texts(history.read(token, before_oldest(history, token), max_events=10_000).entries)
+
+
+def rewound(history: RedisHistory, text: str | int) -> list[str]:
+    """Return the events that a listener without a cursor receives first."""
+    position = history.locate("t", None, parse_rewind(text))
+    return texts(history.read("t", position.seq, max_events=10_000).entries)
 
 
 # Options
@@ -67,14 +79,13 @@ def everything(history: RedisHistory, token: str = "t") -> list[str]:
     "hosts",
     [None, "redis://127.0.0.1", [], [5], [("h",)], [("h", "1")], ["nonsense://h"], [{"a": 1}]],
 )
-def test_bad_hosts(hosts: object) -> None:
-    """What is no list of addresses is an error that names the option and the forms."""
+def test_wrong_hosts_raise_an_error_that_names_the_forms(hosts: object) -> None:
     with pytest.raises(ImproperlyConfigured, match=r"HOSTS must be .*URLs.*tuples.*dictionaries"):
         RedisHistory(HOSTS=hosts)
 
 
 def test_an_error_shows_no_password() -> None:
-    """The password of an address that does not fit is left out."""
+    """The error about an unacceptable address leaves its password out."""
     url = "nonsense://u:secret@h"
     for hosts in (url, [url], [{"address": url, "password": "secret"}], [(url,)]):
         with pytest.raises(ImproperlyConfigured, match="nonsense://h'") as caught:
@@ -83,28 +94,28 @@ def test_an_error_shows_no_password() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", None, 5, "a{b", "a}b"])
-def test_bad_prefix(prefix: object) -> None:
-    """A prefix is text, without what decides on the place in a cluster."""
+def test_a_prefix_must_be_text_without_braces(prefix: object) -> None:
+    """Braces decide on which node a cluster stores a key."""
     with pytest.raises(ImproperlyConfigured, match="PREFIX must be non-empty text without"):
         RedisHistory(PREFIX=prefix)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, None, True, "5", float("inf")])
-def test_bad_timeout(timeout: object) -> None:
-    """A timeout is a positive number of seconds."""
+def test_a_timeout_must_be_a_positive_number(timeout: object) -> None:
     with pytest.raises(ImproperlyConfigured, match="TIMEOUT must be a positive number"):
         RedisHistory(TIMEOUT=timeout)
 
 
-def test_without_redis_py(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where redis-py is not installed, the error says how to install it."""
+def test_the_error_without_redis_py_names_the_installation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "redis", None)
     with pytest.raises(ImproperlyConfigured, match="pip install redis"):
         RedisHistory()
 
 
-def test_forms_of_addresses(valkey_server: ValkeyServer) -> None:
-    """Whatever form the address has, it is the same server, and events are bytes."""
+def test_every_form_of_address_reaches_the_server(valkey_server: ValkeyServer) -> None:
+    """Events are bytes with each of them."""
     port = valkey_server.port
     forms = [
         valkey_server.url,
@@ -117,13 +128,12 @@ def test_forms_of_addresses(valkey_server: ValkeyServer) -> None:
     for n, form in enumerate(forms):
         history = RedisHistory(HOSTS=[form])
         history.append("t", [Draft(action="ping", data=b"\xff\0%d" % n)])
-    read = history.read("t", history.oldest("t"))
+    read = history.read("t", before_oldest(history))
     assert [entry.draft.data for entry in read.entries] == [b"\xff\0%d" % n for n in range(6)]
     assert RedisHistory()._hosts.all[0].name == "127.0.0.1:6379"
 
 
-def test_unix_socket(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A server on a unix socket is reached by its URL."""
+def test_a_unix_socket_url_reaches_the_server(tmp_path_factory: pytest.TempPathFactory) -> None:
     server = ValkeyServer()
     server.options = ("--unixsocket", str(server.directory / "s"))
     try:
@@ -136,8 +146,7 @@ def test_unix_socket(tmp_path_factory: pytest.TempPathFactory) -> None:
         server.close()
 
 
-def test_sentinel(own_server: ValkeyServer) -> None:
-    """The primary is found by its name, from sentinels."""
+def test_sentinels_return_the_primary(own_server: ValkeyServer) -> None:
     sentinel = ValkeyServer()
     config = sentinel.directory / "sentinel.conf"
     config.write_text(
@@ -159,15 +168,15 @@ def test_sentinel(own_server: ValkeyServer) -> None:
 # Several hosts, and clusters
 
 
-def test_two_hosts(valkey_server: ValkeyServer, own_server: ValkeyServer) -> None:
-    """Each token is on one of the hosts, and every call finds it there."""
+def test_two_hosts_share_the_tokens(valkey_server: ValkeyServer, own_server: ValkeyServer) -> None:
+    """Every method finds a token on its host."""
     history = RedisHistory(HOSTS=[valkey_server.url, own_server.url])
     names = [f"token {n}" for n in range(40)]
     first = {name: add(history, name, token=name)[0] for name in names[:20]}
     heads = history.heads(names)
-    assert {name for name in names if heads[name].life} == set(first)
+    assert {name for name in names if heads[name].has_epoch} == set(first)
     assert all(heads[name].seq == entry.seq for name, entry in first.items())
-    assert len({head.epoch for head in heads.values()}) == 2
+    assert len({head.generation for head in heads.values()}) == 2
     for server in (valkey_server, own_server):
         assert 5 < len(list(server.client().scan_iter("*:head"))) < 15
     for name in first:
@@ -179,8 +188,7 @@ def test_two_hosts(valkey_server: ValkeyServer, own_server: ValkeyServer) -> Non
     assert again.heads(names) == heads
 
 
-def test_cluster() -> None:
-    """On a cluster no script or command touches keys of two slots."""
+def test_no_script_or_command_uses_keys_of_two_slots() -> None:
     with valkey("--cluster-enabled", "yes") as server:
         server.run("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         deadline = time.monotonic() + 30
@@ -193,10 +201,12 @@ def test_cluster() -> None:
             history = RedisHistory(HOSTS=[form], PREFIX=f"cluster-{n}")
             names = [f"token {n}" for n in range(20)]
             for name in names:
-                history.append(name, [draft("a", own_id="u"), draft(kind=Kind.FINISH)])
-                assert history.locate(name, "u").known
-                assert history.read(name, history.oldest(name)).complete
-            assert all(head.life for head in history.heads(names).values())
+                history.append(name, [draft("a", own_id="u"), draft(kind=Kind.CLOSE)])
+                history.append(name, [draft("b", key="k")])
+                assert history.append(name, [draft("b", key="k")])[0].repeated
+                assert history.locate(name, parse_cursor("u")).known
+                assert history.read(name, before_oldest(history, name)).complete
+            assert all(head.has_epoch for head in history.heads(names).values())
             assert not history.announce("p", {name: ["x"] for name in names}, 10)
             history.announce("q", {name: ["y"] for name in names}, 10)
             history._leases.clear()
@@ -207,8 +217,7 @@ def test_cluster() -> None:
             history._hosts.all[0].client.close()
 
 
-def test_a_cluster_of_two() -> None:
-    """Each token is on the node that has its slot; redis-py finds it."""
+def test_each_token_is_stored_on_the_node_of_its_slot() -> None:
     with (
         valkey("--cluster-enabled", "yes") as one,
         valkey("--cluster-enabled", "yes") as two,
@@ -229,7 +238,7 @@ def test_a_cluster_of_two() -> None:
         for name in names:
             history.append(name, [draft("a"), draft("b")])
             assert everything(history, name) == ["a", "b"]
-        assert all(head.life for head in history.heads(names).values())
+        assert all(head.has_epoch for head in history.heads(names).values())
         history.announce("p", {name: ["x"] for name in names}, 10)
         assert all(history.present(name) == ["x"] for name in names)
         for server in (one, two):
@@ -237,8 +246,8 @@ def test_a_cluster_of_two() -> None:
         history._hosts.all[0].client.close()
 
 
-def test_a_cluster_that_is_away() -> None:
-    """It is asked for when it is first needed; then it is a server that cannot be reached."""
+def test_a_cluster_that_is_down_raises_a_connection_error() -> None:
+    """The client connects for the first command."""
     for form in ({"host": "127.0.0.1", "port": 1}, {"address": "redis://:secret@127.0.0.1:1"}):
         history = RedisHistory(HOSTS=[{**form, "cluster": True}], TIMEOUT=0.2)
         with pytest.raises(redis.ConnectionError) as caught:
@@ -254,8 +263,10 @@ def test_a_cluster_that_is_away() -> None:
         ({"host": "127.0.0.1", "port": "redis"}, "invalid literal"),
     ],
 )
-def test_a_cluster_that_is_named_wrongly(form: dict[str, Any], said: str) -> None:
-    """It is no server that is away: whoever wrote the settings is told at the first use."""
+def test_a_wrong_address_of_a_cluster_raises_improperly_configured(
+    form: dict[str, Any], said: str
+) -> None:
+    """The first command raises it."""
     history = RedisHistory(HOSTS=[{**form, "password": "secret", "cluster": True}], TIMEOUT=0.2)
     with pytest.raises(ImproperlyConfigured, match=said) as caught:
         history.heads(["t"])
@@ -263,8 +274,8 @@ def test_a_cluster_that_is_named_wrongly(form: dict[str, Any], said: str) -> Non
     assert "secret" not in str(caught.value)
 
 
-def test_a_cluster_that_changes(valkey_server: ValkeyServer) -> None:
-    """What its client raises while slots move is no RedisError: it is tried again as one."""
+def test_an_error_of_a_changing_cluster_is_retried(valkey_server: ValkeyServer) -> None:
+    """What redis-py raises while slots move is not a subclass of RedisError."""
     history = of(valkey_server)
     (host,) = history._hosts.all
     failures = [redis.exceptions.RedisClusterException("slots are not covered")] * 2
@@ -289,8 +300,10 @@ def test_a_cluster_that_changes(valkey_server: ValkeyServer) -> None:
 WAYS_OUT = r"'eventsource:project' .* set PREFIX .* to SECRET_KEY_FALLBACKS\. "
 
 
-def test_two_projects_do_not_share_a_prefix(settings, valkey_server: ValkeyServer) -> None:
-    """The second project is refused at its first call, and the error names the ways out."""
+def test_a_second_project_with_the_same_prefix_is_refused(
+    settings, valkey_server: ValkeyServer
+) -> None:
+    """Its first call raises an error that names the ways out."""
     add(of(valkey_server), "theirs")
     settings.SECRET_KEY = "of another project"
     history = of(valkey_server)
@@ -333,7 +346,7 @@ def test_a_changed_secret_key_keeps_its_history(settings, valkey_server: ValkeyS
         of(valkey_server).heads(["t"])
 
 
-def test_each_host_is_checked(
+def test_the_marker_of_each_host_is_checked(
     settings, valkey_server: ValkeyServer, own_server: ValkeyServer
 ) -> None:
     """A prefix that is free on one server may be in use on another."""
@@ -345,12 +358,12 @@ def test_each_host_is_checked(
 
 
 def test_the_marker_is_checked_once(history: RedisHistory, valkey_server: ValkeyServer) -> None:
-    """An append costs no further command, and a running process ignores an emptied server."""
+    """An append sends no further command, and a running process ignores an emptied server."""
     add(history, "a")
     before = calls(valkey_server)
     for text in "bcd":
         add(history, text)
-    # The script itself looks for the reference of a retried append with GET.
+    # The script itself reads the marker of a retried append with GET.
     assert calls(valkey_server)["get"] - before["get"] == 3
     assert calls(valkey_server)["set"] == before["set"]
     valkey_server.run("FLUSHALL")
@@ -361,22 +374,23 @@ def test_the_marker_is_checked_once(history: RedisHistory, valkey_server: Valkey
         assert client.exists("eventsource:project")
 
 
-def test_two_projects_that_start_together(settings, valkey_server: ValkeyServer) -> None:
-    """Of two that find no marker, the one whose SET came second is refused."""
+def test_the_second_of_two_projects_that_start_together_is_refused(
+    settings, valkey_server: ValkeyServer
+) -> None:
+    """Both find no marker, and the SET of one comes second."""
     history = of(valkey_server)
     (host,) = history._hosts.all
-    host.client = Overtaken(host.client, lambda: claim_as(settings, valkey_server, "other"))
+    host.client = RacingClient(host.client, lambda: claim_as(settings, valkey_server, "other"))
     with pytest.raises(ImproperlyConfigured, match="PREFIX"):
         add(history, "a")
 
 
-def test_two_processes_of_a_project_that_start_together(
+def test_two_processes_of_a_project_that_start_together_are_accepted(
     settings, valkey_server: ValkeyServer
 ) -> None:
-    """Both may use the prefix."""
     history = of(valkey_server)
     (host,) = history._hosts.all
-    host.client = Overtaken(host.client, lambda: claim_as(settings, valkey_server, "tests"))
+    host.client = RacingClient(host.client, lambda: claim_as(settings, valkey_server, "tests"))
     add(history, "a")
     assert everything(history) == ["a"]
 
@@ -388,8 +402,8 @@ def claim_as(settings: Any, server: ValkeyServer, secret_key: str) -> None:
     settings.SECRET_KEY = before
 
 
-class Overtaken:
-    """A client behind whose first GET another process comes in."""
+class RacingClient:
+    """A client after whose first GET another process sends its commands."""
 
     def __init__(self, client: Any, other: Callable[[], None]) -> None:
         self.client = client
@@ -406,7 +420,7 @@ class Overtaken:
         return found
 
 
-def test_a_server_that_is_away_at_first_is_checked_later(own_server: ValkeyServer) -> None:
+def test_the_marker_is_checked_once_the_server_is_up(own_server: ValkeyServer) -> None:
     """The check is retried like the call that needs it."""
     history = of(own_server)
     own_server.kill()
@@ -417,11 +431,11 @@ def test_a_server_that_is_away_at_first_is_checked_later(own_server: ValkeyServe
     assert own_server.run("EXISTS", "eventsource:project") == 1
 
 
-# Appends that are tried again
+# Repeated appends
 
 
 class Lossy:
-    """A client whose first answers of some kind get lost: the commands do run."""
+    """A client that loses the first responses to some commands, although the commands run."""
 
     def __init__(self, client: Any, losses: int, error: Exception) -> None:
         self.client = client
@@ -432,16 +446,18 @@ class Lossy:
         return getattr(self.client, name)
 
     def evalsha(self, *args: Any) -> Any:
-        answer = self.client.evalsha(*args)
-        if args[0] == APPEND.sha and answer is not None and self.losses:
+        response = self.client.evalsha(*args)
+        if args[0] == APPEND.sha and response is not None and self.losses:
             self.losses -= 1
             raise self.error
-        return answer
+        return response
 
 
 @pytest.mark.parametrize("before", [0, 3])
-def test_an_append_whose_answer_was_lost(history: RedisHistory, before: int) -> None:
-    """The next attempts find the events of the first one, behind those of others."""
+def test_an_append_whose_response_was_lost_is_stored_once(
+    history: RedisHistory, before: int
+) -> None:
+    """The next attempt finds the events of the first one before those of other publishers."""
     for n in range(before):
         add(history, str(n))
     (host,) = history._hosts.all
@@ -453,10 +469,10 @@ def test_an_append_whose_answer_was_lost(history: RedisHistory, before: int) -> 
     assert history.newest("t")[0] == entries[1].seq
 
 
-def test_an_append_that_is_trimmed_at_once_and_whose_answer_was_lost(
+def test_a_trimmed_append_whose_response_was_lost_is_stored_once(
     history: RedisHistory,
 ) -> None:
-    """What is left of it is enough to find it again."""
+    """The last event of the append is enough to find it."""
     history.max_events = 3
     add(history, "before", token="t")
     (host,) = history._hosts.all
@@ -467,29 +483,156 @@ def test_an_append_that_is_trimmed_at_once_and_whose_answer_was_lost(
     assert [entry.seq - entries[0].seq for entry in entries] == list(range(8))
 
 
-def test_the_next_attempt_looks_behind_the_events_of_others(history: RedisHistory) -> None:
-    """An attempt is found although more came after it than are looked at at once."""
+@pytest.mark.parametrize("script", [NOW, APPEND])
+def test_an_append_is_stored_once_if_the_server_pauses_after_its_response_was_lost(
+    own_server: ValkeyServer, script: Script
+) -> None:
+    """The next attempt is sent to the paused server, which runs it long after it was sent."""
+    history = of(own_server, TIMEOUT=90)
+    add(history, "known script", token="other")
+    (host,) = history._hosts.all
+    other_process = of(own_server)
+    seconds = CLOCK_MARGIN + 0.2
+    resume = threading.Timer(seconds, own_server.resume)
+
+    class Pausing(Lossy):
+        def evalsha(self, *args: Any) -> Any:
+            if args[0] == script.sha and not self.losses and resume.ident is None:
+                add(other_process, "b")
+                own_server.pause()
+                resume.start()
+            return super().evalsha(*args)
+
+    host.client = Pausing(host.client, 1, redis.TimeoutError("lost"))
+    began = time.monotonic()
+    add(history, "a")
+    resume.join()
+    assert time.monotonic() - began > seconds
+    assert everything(history) == ["a", "b"]
+
+
+def test_an_attempt_is_found_before_many_other_events(history: RedisHistory) -> None:
+    """More events follow it than one step of the search reads."""
     (entry,) = add(history, "a")
     fields = _fields_of_first(history)
     add(history, *map(str, range(120)))
-    assert int(_attempt(history, "1000000", fields[b"r"].decode())) == entry.seq
+    assert int(_attempt(history, _ago(history, 1), fields[b"r"].decode())) == entry.seq
     assert len(everything(history)) == 121
 
 
-def test_looking_back_ends_at_the_first_attempt(history: RedisHistory) -> None:
-    """What is older than the first attempt is not looked at: it cannot be it."""
+def test_the_search_ends_at_the_time_of_the_first_attempt(history: RedisHistory) -> None:
+    """An older event cannot be of this append."""
     add(history, "a")
     fields = _fields_of_first(history)
     (other,) = add(history, "b")
     age(history, 60)
-    assert int(_attempt(history, "30000000", fields[b"r"].decode())) == other.seq + 1
+    assert int(_attempt(history, _ago(history, 30), fields[b"r"].decode())) == other.seq + 1
 
 
-def test_an_attempt_that_arrives_late(history: RedisHistory) -> None:
-    """An attempt that overtakes the one before it leaves nothing for that one to do."""
-    second = _attempt(history, "1000000", "ref")
+def test_an_attempt_that_arrives_after_a_later_one_stores_nothing(history: RedisHistory) -> None:
+    second = _attempt(history, _ago(history, 1), "ref")
     assert _attempt(history, "", "ref") == second
     assert everything(history) == ["late"]
+
+
+def test_an_append_with_a_key_whose_response_was_lost_is_stored_once(
+    history: RedisHistory,
+) -> None:
+    """The next attempt finds the event by its reference, so its publisher is the first one."""
+    (host,) = history._hosts.all
+    add(history, "known script", token="other")
+    host.client = Lossy(host.client, 2, redis.TimeoutError("lost"))
+    (first,) = history.append("t", [draft("a", key="k")])
+    assert not first.repeated
+    host.client.losses = 2
+    (again,) = history.append("t", [draft("b", key="k")])
+    assert (again.repeated, again.seq) == (True, first.seq)
+    assert everything(history) == ["a"]
+
+
+def test_an_attempt_that_an_event_with_its_key_overtook_stores_nothing(
+    history: RedisHistory,
+) -> None:
+    """It stores nothing also if that event has been trimmed since."""
+    history.max_events = 1
+    (first,) = history.append("t", [draft("a", own_id="own", key="k")])
+    for since in (_ago(history, 1), ""):
+        assert _attempt(history, since, "ref", key="k") == b"%d own" % first.seq
+        add(history, "b")
+    assert everything(history) == ["b"]
+
+
+def test_a_key_of_an_event_that_the_server_has_lost_is_free(history: RedisHistory) -> None:
+    """The server may have evicted the events, or the head of the token."""
+    (host,) = history._hosts.all
+    for lost in ("events", "head"):
+        history.append("t", [draft("a", key="k")])
+        host.client.delete(*history._keys("t", lost))
+        (entry,) = history.append("t", [draft(lost, key="k")])
+        assert not entry.repeated
+        assert texts(history.read("t", entry.seq - 1).entries) == [lost]
+        assert history.append("t", [draft("b", key="k")])[0].repeated
+
+
+def test_a_new_epoch_has_no_keys_of_an_evicted_one(history: RedisHistory) -> None:
+    (host,) = history._hosts.all
+    for n in range(3):
+        history.append("t", [draft("a", key=str(n))])
+    host.client.delete(*history._keys("t", "head", "events", "ids"))
+    add(history, "b")
+    assert not host.client.exists(*history._keys("t", "keys"))
+
+
+def test_keys_are_trimmed_with_their_events_and_expire(history: RedisHistory) -> None:
+    """So they are bounded by MAX_EVENTS and MAX_AGE. Own ids and the first event of an epoch or
+    of a run do not disturb it."""
+    history.max_events = 5
+    (host,) = history._hosts.all
+    (name,) = history._keys("t", "keys")
+    for n in range(20):
+        history.append("t", [draft(str(n), own_id=f"own-{n}" if n % 2 else None, key=str(n))])
+        assert host.client.hlen(name) <= 5
+    assert 0 < host.client.ttl(name) <= history.max_age
+    add(history, *"abc")
+    assert host.client.hlen(name) == 2
+    add(history, *"defgh")
+    assert not host.client.exists(name)
+
+
+def test_an_expired_key_that_was_used_again_outlives_its_first_event(
+    history: RedisHistory,
+) -> None:
+    """The append that stores the second event removes the first one, whose key is the same."""
+    history.max_events = 1
+    (host,) = history._hosts.all
+    history.append("t", [draft("a", key="k")])
+    host.client.delete(*history._keys("t", "keys"))
+    (second,) = history.append("t", [draft("b", key="k")])
+    assert not second.repeated
+    assert everything(history) == ["b"]
+    (again,) = history.append("t", [draft("c", key="k")])
+    assert (again.repeated, again.seq) == (True, second.seq)
+
+
+def test_events_without_a_key_are_appended_with_the_same_commands(
+    history: RedisHistory, valkey_server: ValkeyServer
+) -> None:
+    """Only an event with a key looks for it, and one that is not stored writes nothing."""
+    add(history, "known script")
+
+    def commands(*drafts: Draft) -> dict[str, int]:
+        before = calls(valkey_server)
+        history.append("t", drafts)
+        names = ("evalsha", "xadd", "hset", "hget", "xrange", "pexpire", "set")
+        after = calls(valkey_server)
+        return {name: after[name] - before[name] for name in names if after[name] > before[name]}
+
+    # One XADD is that of the log of changes.
+    plain = {"evalsha": 1, "xadd": 2, "hset": 1, "pexpire": 2}
+    assert commands(draft("a")) == plain
+    assert commands(draft("b", key="k")) == {**plain, "hset": 2, "hget": 1, "pexpire": 3}
+    assert commands(draft("c", key="k")) == {"evalsha": 1, "hget": 1, "xrange": 1}
+    assert commands(draft("d")) == plain
 
 
 def _fields_of_first(history: RedisHistory) -> dict[bytes, bytes]:
@@ -498,20 +641,25 @@ def _fields_of_first(history: RedisHistory) -> dict[bytes, bytes]:
     return dict(fields)
 
 
-def _attempt(history: RedisHistory, elapsed: str, ref: str) -> bytes:
+def _ago(history: RedisHistory, seconds: int) -> str:
     (host,) = history._hosts.all
-    keys = history._keys("t", "head", "events", "ids", f"ref:{ref}")
-    bounds = [1000, 10**9, 10**12, 10**9, 10**9]
+    return str(int(host.run_once(NOW, ["any"], [])) - seconds * 1_000_000)
+
+
+def _attempt(history: RedisHistory, since: str, ref: str, *, key: str = "") -> Any:
+    (host,) = history._hosts.all
+    digest = key_digest("", key) if key else ""
+    keys = history._keys("t", "head", "events", "ids", f"ref:{ref}", "keys")
+    bounds = f"1000 {10**9} {10**9} {10**9}"
     floor = history.heads(["x"])["x"].seq
-    answer: bytes = host.run_once(
-        APPEND, keys, [floor, elapsed, ref, *bounds, "ping", b"late", "event", ""]
+    return host.run_once(
+        APPEND, keys, [floor, since, ref, "t", bounds, "ping", b"late", "event", "", digest]
     )
-    return answer
 
 
-def test_a_paused_server(own_server: ValkeyServer) -> None:
-    """Attempts that a paused server has in its sockets give one event all together."""
-    # redis-py tries again by itself by default, where it is not given a URL.
+def test_attempts_at_a_paused_server_store_one_event(own_server: ValkeyServer) -> None:
+    """The server runs all of them once it continues."""
+    # By default redis-py retries on its own, unless the client is made from a URL.
     history = RedisHistory(HOSTS=[("127.0.0.1", own_server.port)], TIMEOUT=6)
     add(history, "before")
     with ThreadPoolExecutor(5) as pool:
@@ -527,38 +675,38 @@ def test_a_paused_server(own_server: ValkeyServer) -> None:
         assert history.read("t", entry.seq - 1).entries[0] == entry
 
 
-def test_a_killed_server(own_server: ValkeyServer) -> None:
-    """Appends go on when the server is back, and each event is there once."""
+def test_appends_continue_after_a_server_was_killed(own_server: ValkeyServer) -> None:
+    """Each event is stored once."""
     history = of(own_server)
-    told: list[Entry] = []
+    stored: list[Entry] = []
     done = threading.Event()
 
     def publish() -> None:
         n = 0
         while not done.is_set():
-            told.extend(add(history, str(n)))
+            stored.extend(add(history, str(n)))
             n += 1
 
     thread = threading.Thread(target=publish)
     thread.start()
     try:
         for _ in range(3):
-            count = len(told)
+            count = len(stored)
             own_server.restart()
             deadline = time.monotonic() + 20
-            while len(told) < count + 20:
+            while len(stored) < count + 20:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
     finally:
         done.set()
         thread.join()
-    assert everything(history) == [str(n) for n in range(len(told))]
-    read = history.read("t", history.oldest("t"), max_events=10**6, max_bytes=10**9)
-    assert list(read.entries) == told
+    assert everything(history) == [str(n) for n in range(len(stored))]
+    read = history.read("t", before_oldest(history), max_events=10**6, max_bytes=10**9)
+    assert list(read.entries) == stored
 
 
-def test_nobody_there(own_server: ValkeyServer) -> None:
-    """After TIMEOUT the error is raised, and says which server and for how long."""
+def test_an_unreachable_server_raises_an_error_after_the_timeout(own_server: ValkeyServer) -> None:
+    """The error names the server and the seconds."""
     history = of(own_server, TIMEOUT=0.3)
     own_server.kill()
     for call in (lambda: history.heads(["t"]), lambda: add(history, "a")):
@@ -566,13 +714,13 @@ def test_nobody_there(own_server: ValkeyServer) -> None:
         with pytest.raises(redis.ConnectionError) as caught:
             call()
         assert 0.3 <= time.monotonic() - began < 3
-        assert f"127.0.0.1:{own_server.port}. tried for 0." in caught.value.__notes__[0]
+        assert f"127.0.0.1:{own_server.port}. Tried for 0." in caught.value.__notes__[0]
 
 
-def test_reads_do_not_wait_for_a_server_that_is_away(
+def test_reads_fail_at_once_while_a_server_is_down(
     own_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of them tries now and then, and the others are told at once; an append tries on."""
+    """One of them probes the server now and then, and an append tries for the time-out."""
     history = of(own_server, TIMEOUT=1.5)
     (entry,) = add(history, "a")
     (host,) = history._hosts.all
@@ -583,10 +731,10 @@ def test_reads_do_not_wait_for_a_server_that_is_away(
     pipe = host._pipe
     monkeypatch.setattr(host, "_pipe", lambda *args: tries.append("") or pipe(*args))
     for _ in range(100):
-        with pytest.raises(redis.ConnectionError, match="a moment ago"):
+        with pytest.raises(redis.ConnectionError, match="in an earlier call"):
             history.heads(["t"])
     assert tries == []
-    host._look_again_at = time.monotonic()
+    host._probe_at = time.monotonic()
     with pytest.raises(redis.ConnectionError):
         history.heads(["t"])
     assert tries
@@ -598,8 +746,8 @@ def test_reads_do_not_wait_for_a_server_that_is_away(
     assert not history.heads(["t"])["t"].seq <= entry.seq, "it has lost what it held in memory"
 
 
-def test_a_server_that_answers_is_not_away(own_server: ValkeyServer) -> None:
-    """Whatever it says: what it is asked next is not refused unasked."""
+def test_an_error_response_does_not_block_later_calls(own_server: ValkeyServer) -> None:
+    """A server that responds is not treated as down."""
     history = of(own_server, TIMEOUT=1.5)
     own_server.kill()
     with pytest.raises(redis.ConnectionError):
@@ -612,30 +760,33 @@ def test_a_server_that_answers_is_not_away(own_server: ValkeyServer) -> None:
     history.heads(["t"])
 
 
-def test_a_logout_does_not_wait_for_a_server_that_is_away(own_server: ValkeyServer) -> None:
-    """What ends streams gives up where events are tried on with."""
+def test_an_internal_event_does_not_wait_for_a_server_that_is_down(
+    own_server: ValkeyServer,
+) -> None:
+    """A logout, which publishes an internal event, does not take the whole time-out."""
     history = of(own_server, TIMEOUT=60)
     add(history, "a")
+    internal = Draft(action="ping", data=b"", internal=True)
     own_server.kill()
     began = time.monotonic()
     with pytest.raises(redis.ConnectionError):
-        add(history, "close", token=CONTROL_TOKEN)
+        history.append("t", [internal])
     assert time.monotonic() - began < 20
 
 
-def test_only_one_tries_again(own_server: ValkeyServer) -> None:
-    """While it waits for a server that hangs, the others are told at once."""
+def test_one_call_probes_a_server_that_does_not_respond(own_server: ValkeyServer) -> None:
+    """The other calls fail at once."""
     history = of(own_server, TIMEOUT=3)
     own_server.pause()
     with pytest.raises(redis.TimeoutError):
         history.newest("t")
     (host,) = history._hosts.all
-    host._look_again_at = time.monotonic()
+    host._probe_at = time.monotonic()
     with ThreadPoolExecutor(1) as executor:
         first = executor.submit(history.newest, "t")
-        while host._look_again_at < time.monotonic() + 1:
+        while host._probe_at < time.monotonic() + 1:
             time.sleep(0.001)
-        with pytest.raises(redis.RedisError, match="a moment ago"):
+        with pytest.raises(redis.RedisError, match="in an earlier call"):
             history.newest("t")
         own_server.resume()
         first.result(30)
@@ -643,21 +794,21 @@ def test_only_one_tries_again(own_server: ValkeyServer) -> None:
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_a_host_that_is_away_takes_no_other_with_it(
+async def test_a_host_that_is_down_does_not_affect_other_hosts(
     valkey_server: ValkeyServer, own_server: ValkeyServer, how: str
 ) -> None:
-    """Heads, presence and reads of the other host's tokens go on as ever."""
+    """Heads, presence and reads of tokens on the other host work."""
     history = RedisHistory(HOSTS=[valkey_server.url, own_server.url], TIMEOUT=1)
-    there, away = (
+    there, down = (
         [name for name in map(str, range(40)) if history._host(name) is host]
         for host in history._hosts.all
     )
-    listeners = {name: ["ada"] for name in (*there, *away)}
+    listeners = {name: ["ada"] for name in (*there, *down)}
     history.announce("p", listeners, 60)
     entries = {name: add(history, name, token=name)[0] for name in listeners}
     getattr(own_server, how)()
-    # More than there are threads: they wait for nothing but their own host.
-    waiting = [asyncio.ensure_future(history.alocate(name, None)) for name in away * 2]
+    # More calls than threads. They wait only for their own host.
+    waiting = [asyncio.ensure_future(history.alocate(name, None)) for name in down * 2]
     await asyncio.sleep(0)
     began = time.monotonic()
     for _ in range(3):
@@ -666,7 +817,7 @@ async def test_a_host_that_is_away_takes_no_other_with_it(
         assert history.heads(listeners) == heads
         position = await history.alocate(there[0], None)
         assert position.seq == entries[there[0]].seq
-        assert history.announce("p", {there[0]: ["bob"]}, 60), "nothing to tell anew"
+        assert history.announce("p", {there[0]: ["bob"]}, 60)
         assert history.present(there[0]) == ["bob"]
     assert time.monotonic() - began < 15
     results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -674,21 +825,20 @@ async def test_a_host_that_is_away_takes_no_other_with_it(
     history.prune()
     history.withdraw("p")
     assert history.present(there[1]) == []
-    for call in (lambda: history.heads(away), lambda: history.present(away[0])):
+    for call in (lambda: history.heads(down), lambda: history.present(down[0])):
         with pytest.raises(redis.RedisError):
             call()
     own_server.resume() if how == "pause" else own_server.start()
     for host in history._hosts.all:
-        host._look_again_at = 0
+        host._probe_at = 0
     assert not history.announce("p", {}, 60), "the other host asks for everything"
     assert history.announce("p", listeners, 60)
-    assert history.present(away[0]) == ["ada"]
+    assert history.present(down[0]) == ["ada"]
 
 
-async def test_an_error_that_is_none_of_the_servers_is_raised(
+async def test_an_error_that_is_not_of_a_server_is_raised(
     valkey_server: ValkeyServer, own_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not taken for a host that is away."""
     history = RedisHistory(HOSTS=[valkey_server.url, own_server.url])
     heads = history._heads
 
@@ -702,8 +852,8 @@ async def test_an_error_that_is_none_of_the_servers_is_raised(
         history.heads(map(str, range(40)))
 
 
-def test_a_replica_becomes_the_primary(own_server: ValkeyServer) -> None:
-    """A server that is read-only for a moment is tried again, else the error says why."""
+def test_a_call_waits_until_a_replica_becomes_the_primary(own_server: ValkeyServer) -> None:
+    """If it stays read-only, the error names the way out."""
     history = of(own_server)
     add(history, "a")
     own_server.run("REPLICAOF", "127.0.0.1", 1)
@@ -719,7 +869,7 @@ def test_a_replica_becomes_the_primary(own_server: ValkeyServer) -> None:
 
 @contextmanager
 def full(server: ValkeyServer, seconds: float | None = None) -> Iterator[None]:
-    """Take the server's memory away; give it back at the end, or after some seconds."""
+    """Set the server's memory limit to 1 byte; reset it at the end, or after some seconds."""
     server.run("CONFIG", "SET", "maxmemory", "1")
     timer = threading.Timer(seconds or 60, server.run, ["CONFIG", "SET", "maxmemory", "0"])
     timer.start()
@@ -733,7 +883,7 @@ def full(server: ValkeyServer, seconds: float | None = None) -> Iterator[None]:
 
 
 def test_an_append_waits_for_a_server_without_memory(own_server: ValkeyServer) -> None:
-    """An append to a full server is tried again until the server has memory."""
+    """It is retried until the server has memory."""
     history = of(own_server)
     add(history, "a")
     with full(own_server, 0.3):
@@ -746,7 +896,7 @@ def test_an_append_waits_for_a_server_without_memory(own_server: ValkeyServer) -
 def test_an_append_to_a_server_without_memory_fails_after_the_timeout(
     own_server: ValkeyServer,
 ) -> None:
-    """Nothing of the append is stored, and the error says the way out."""
+    """Nothing of the append is stored, and the error names the way out."""
     history = of(own_server, TIMEOUT=0.5)
     add(history, "a")
     with full(own_server):
@@ -754,13 +904,13 @@ def test_an_append_to_a_server_without_memory_fails_after_the_timeout(
         with pytest.raises(redis.ResponseError, match="maxmemory") as caught:
             add(history, "b", "c")
         assert time.monotonic() - began >= 0.5
-        assert re.search(r"tried for \d\.\d s\. Give it more memory", caught.value.__notes__[0])
+        assert re.search(r"Tried for \d\.\d s\. Raise its memory limit", caught.value.__notes__[0])
         assert everything(history) == ["a"]
     add(history, "d")
     assert everything(history) == ["a", "d"]
 
 
-def test_the_error_of_an_old_server_without_memory_is_tried_again(history: RedisHistory) -> None:
+def test_the_error_of_an_old_server_without_memory_is_retried(history: RedisHistory) -> None:
     """Redis 5 and 6 report it as an error of the script."""
     (host,) = history._hosts.all
     add(history, "known script", token="other")
@@ -778,7 +928,7 @@ def test_a_committed_event_survives_a_server_without_memory(
     settings, own_server: ValkeyServer
 ) -> None:
     """An event whose transaction has committed is appended once the server has memory."""
-    settings.EVENTSOURCE_HISTORY = {**AWAY, "OPTIONS": {"HOSTS": [own_server.url]}}
+    settings.EVENTSOURCE_HISTORY = {**UNREACHABLE, "OPTIONS": {"HOSTS": [own_server.url]}}
     publish("t", "ping", "before")
     with full(own_server, 0.3), transaction.atomic():
         publish("t", "ping", "committed")
@@ -786,7 +936,7 @@ def test_a_committed_event_survives_a_server_without_memory(
 
 
 def test_an_append_waits_for_a_server_that_cannot_write_to_disk() -> None:
-    """A server that stopped accepting writes is tried again; the error says the way out."""
+    """If the server stays so, the error names the way out."""
     with valkey("--save", "1000 1000") as server:
         history = of(server, TIMEOUT=0.5)
         add(history, "a")
@@ -798,7 +948,7 @@ def test_an_append_waits_for_a_server_that_cannot_write_to_disk() -> None:
             time.sleep(0.05)
         with pytest.raises(redis.ResponseError, match="MISCONF") as caught:
             add(history, "b")
-        assert re.search(r"tried for .* look at its log", caught.value.__notes__[0])
+        assert re.search(r"Tried for .* Check its log", caught.value.__notes__[0])
         timer = threading.Timer(0.3, server.run, ["CONFIG", "SET", "save", ""])
         timer.start()
         add(of(server), "c")
@@ -806,8 +956,7 @@ def test_an_append_waits_for_a_server_that_cannot_write_to_disk() -> None:
         assert everything(history) == ["a", "c"]
 
 
-def test_a_wrong_password_is_not_tried_again() -> None:
-    """A mistake in the configuration shows at once."""
+def test_a_wrong_password_is_not_retried() -> None:
     with valkey("--requirepass", "right") as server:
         history = RedisHistory(HOSTS=[f"redis://:wrong@127.0.0.1:{server.port}"])
         began = time.monotonic()
@@ -817,8 +966,8 @@ def test_a_wrong_password_is_not_tried_again() -> None:
         server.kill()
 
 
-def test_errors_of_single_commands_are_raised(history: RedisHistory) -> None:
-    """A key of somebody else's under our name is an error, not an empty answer."""
+def test_an_error_of_a_single_command_is_raised(history: RedisHistory) -> None:
+    """A key of another type is an error and not an empty result."""
     (host,) = history._hosts.all
     host.client.set(*history._keys("t", "head"), "x")
     with pytest.raises(redis.ResponseError, match="WRONGTYPE") as caught:
@@ -826,8 +975,9 @@ def test_errors_of_single_commands_are_raised(history: RedisHistory) -> None:
     assert caught.value.__notes__ == [f"Redis server of the history: {host.name}."]
 
 
-def test_forgotten_scripts(history: RedisHistory, valkey_server: ValkeyServer) -> None:
-    """A server that forgot the scripts is given them again."""
+def test_a_script_that_the_server_has_not_cached_is_sent_again(
+    history: RedisHistory, valkey_server: ValkeyServer
+) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: add(history, "a"),
         lambda: history.read("t", 0),
@@ -852,13 +1002,15 @@ for n in range(500):
 """
 
 
-def test_many_writers(history: RedisHistory, valkey_server: ValkeyServer) -> None:
-    """Four processes give consecutive numbers, none twice, each in its own order."""
+def test_four_processes_get_consecutive_numbers(
+    history: RedisHistory, valkey_server: ValkeyServer
+) -> None:
+    """No number is assigned twice, and the order of each process is kept."""
     writers = [start_python(WRITER, valkey_server.url, n) for n in range(4)]
     for writer in writers:
         _, errors = writer.communicate(timeout=60)
         assert writer.returncode == 0, errors
-    entries = history.read("t", history.oldest("t"), max_events=5000, max_bytes=10**7).entries
+    entries = history.read("t", before_oldest(history), max_events=5000, max_bytes=10**7).entries
     first = entries[0].seq
     assert [entry.seq for entry in entries] == list(range(first, first + 2000))
     for n in range(4):
@@ -866,11 +1018,13 @@ def test_many_writers(history: RedisHistory, valkey_server: ValkeyServer) -> Non
         assert mine == [f"{n} {m}" for m in range(500)]
 
 
-# What the server lost
+# Lost data
 
 
-def test_restart_with_its_data(own_server: ValkeyServer) -> None:
-    """Nobody is reset, and the numbers go on above all that may have been given out."""
+def test_numbers_continue_above_all_assigned_ones_after_a_restart(
+    own_server: ValkeyServer,
+) -> None:
+    """The server has its data, and no listener is reset."""
     history = of(own_server)
     floor = history.newest("t")[0]
     old = add(history, "a", "b")
@@ -885,50 +1039,93 @@ def test_restart_with_its_data(own_server: ValkeyServer) -> None:
     for after, rest in ((floor, "abcd"), (old[0].seq, "bcd"), (old[1].seq, "cd")):
         slice_ = history.read("t", after)
         assert (slice_.complete, texts(slice_.entries)) == (True, list(rest))
-    # This one may have been given out for an event that was lost.
+    # This sequence number may have been assigned to an event that was lost.
     assert not history.read("t", old[1].seq + 1).complete
-    assert history.locate("t", str(old[1].seq)).known
+    assert history.locate("t", parse_cursor(str(old[1].seq))).known
     own_server.restart()
     add(history, "e")
     assert texts(history.read("t", old[1].seq).entries) == ["c", "d", "e"]
 
 
-def test_restart_without_its_data(own_server: ValkeyServer) -> None:
-    """The epoch changes, and no number from before is continued."""
+def test_a_rewind_counts_events_from_before_a_restart(own_server: ValkeyServer) -> None:
+    """The sequence numbers of a token with restarts have gaps."""
+    history = of(own_server)
+    add(history, "a", "b")
+    own_server.restart()
+    add(history, "c")
+    own_server.restart()
+    add(history, "d", "e")
+    for count in range(1, 6):
+        assert rewound(history, count) == list("abcde")[-count:]
+    assert rewound(history, "all") == rewound(history, "1h") == list("abcde")
+    age(history, 100)
+    add(history, "f")
+    assert rewound(history, "90s") == ["f"]
+    assert rewound(history, "2m") == list("abcdef")
+
+
+def test_a_rewind_ends_although_entries_were_deleted_by_hand(history: RedisHistory) -> None:
+    entries = add(history, *"abcde")
+    (host,) = history._hosts.all
+    for entry in entries[2:4]:
+        host.client.xdel(*history._keys("t", "events"), f"{entry.seq}-0")
+    assert rewound(history, 2) == ["e"]
+    assert rewound(history, "all") == ["a", "b", "e"]
+
+
+@pytest.mark.parametrize(("text", "count"), [("all", 3000), ("2000", 2000), ("90s", 1000)])
+def test_a_rewind_reads_few_entries_of_a_long_history(
+    history: RedisHistory, valkey_server: ValkeyServer, text: str, count: int
+) -> None:
+    """Other clients wait while the server runs the script."""
+    history.append("t", [draft("old")] * 2000)
+    age(history, 100)
+    history.append("t", [draft("new")] * 1000)
+    before = calls(valkey_server)
+    position = history.locate("t", None, parse_rewind(text))
+    after = calls(valkey_server)
+    assert sum(after.values()) - sum(before.values()) < 50
+    assert len(history.read("t", position.seq, max_events=10_000).entries) == count
+
+
+def test_a_restart_without_data_changes_the_generation(own_server: ValkeyServer) -> None:
+    """No earlier sequence number is continued."""
     history = of(own_server)
     floor = history.newest("t")[0]
     old = add(history, "a", "b")
-    epoch = history.heads(["t"])["t"].epoch
+    generation = history.heads(["t"])["t"].generation
     own_server.restart(data=False)
     lost = history.heads(["t"])["t"]
-    assert (lost.life, lost.epoch == epoch) == (False, False)
+    assert (lost.has_epoch, lost.generation == generation) == (False, False)
     for _ in range(2):
         for after in (floor, old[0].seq, old[1].seq):
             assert not history.read("t", after).complete
         (new,) = add(history, "c")
         assert new.seq > old[1].seq
-    assert history.heads(["t"])["t"].epoch == lost.epoch
+    assert history.heads(["t"])["t"].generation == lost.generation
 
 
-def test_an_emptied_server(history: RedisHistory, valkey_server: ValkeyServer) -> None:
-    """FLUSHALL changes the epoch, and who was at the head is told."""
+def test_flushall_changes_the_generation(
+    history: RedisHistory, valkey_server: ValkeyServer
+) -> None:
+    """A listener at the newest position receives a reset."""
     (old,) = add(history, "a")
-    epoch = history.heads(["t"])["t"].epoch
+    generation = history.heads(["t"])["t"].generation
     valkey_server.run("FLUSHALL")
     add(history, "b")
     assert not history.read("t", old.seq).complete
-    assert history.heads(["t"])["t"].epoch != epoch
+    assert history.heads(["t"])["t"].generation != generation
 
 
-def test_restart_with_older_data(own_server: ValkeyServer) -> None:
-    """Numbers of events that were lost are not given out again: who holds them is told."""
+def test_numbers_of_lost_events_are_not_assigned_again(own_server: ValkeyServer) -> None:
+    """A listener that has received a lost event receives a reset."""
     history = of(own_server)
     kept = add(history, "a", "b")
     copy = own_server.directory.with_name(own_server.directory.name + "-copy")
     shutil.copytree(own_server.directory / "appendonlydir", copy)
     try:
         lost = add(history, "lost", "lost too")
-        (gone,) = add(history, "lost life", token="u")
+        (other,) = add(history, "lost epoch", token="u")
         own_server.kill()
         shutil.rmtree(own_server.directory / "appendonlydir")
         shutil.copytree(copy, own_server.directory / "appendonlydir")
@@ -937,19 +1134,20 @@ def test_restart_with_older_data(own_server: ValkeyServer) -> None:
         shutil.rmtree(copy)
     heads = history.heads(["t", "u"])
     assert heads["t"].seq == kept[1].seq
-    assert (heads["u"].life, heads["u"].seq < gone.seq) == (False, True)
+    assert (heads["u"].has_epoch, heads["u"].seq < other.seq) == (False, True)
     for _ in range(2):
         for entry in lost:
             assert not history.read("t", entry.seq).complete
-        assert not history.read("u", gone.seq).complete
+        assert not history.read("u", other.seq).complete
         assert history.read("t", kept[1].seq).complete
         add(history, "c", "d", "e")
         (new,) = add(history, "c", token="u")
-        assert new.seq > gone.seq
+        assert new.seq > other.seq
 
 
-def test_restart_with_a_clock_set_back(history: RedisHistory) -> None:
-    """Numbers then go on far above the last one that survived."""
+def test_numbers_skip_a_distance_after_a_restart_with_an_earlier_clock(
+    history: RedisHistory,
+) -> None:
     (old,) = add(history, "a")
     (host,) = history._hosts.all
     (head,) = history._keys("t", "head")
@@ -959,8 +1157,7 @@ def test_restart_with_a_clock_set_back(history: RedisHistory) -> None:
     assert new.seq == ahead + 10**9
 
 
-def test_failover_to_a_replica(own_server: ValkeyServer) -> None:
-    """Another server that takes over without the last events does not give out their numbers."""
+def test_a_replica_without_the_last_events_skips_their_numbers(own_server: ValkeyServer) -> None:
     with valkey("--replicaof", "127.0.0.1", str(own_server.port)) as replica:
         history = of(own_server)
         (kept,) = add(history, "a")
@@ -978,8 +1175,8 @@ def test_failover_to_a_replica(own_server: ValkeyServer) -> None:
 
 
 @pytest.mark.parametrize("lost", ["head", "events"])
-def test_evicted_keys(history: RedisHistory, lost: str) -> None:
-    """Where the server evicted a part of a token, its listeners are told."""
+def test_listeners_of_an_evicted_key_receive_a_reset(history: RedisHistory, lost: str) -> None:
+    """The server may evict any of a token's keys."""
     old = add(history, "a", "b")
     (host,) = history._hosts.all
     host.client.delete(*history._keys("t", lost))
@@ -994,7 +1191,7 @@ def test_evicted_keys(history: RedisHistory, lost: str) -> None:
 
 
 def test_the_floor_is_renewed_before_a_head_expires(valkey_server: ValkeyServer) -> None:
-    """A place from before a life is worthless when the server forgets that life."""
+    """A position from before an epoch is unknown once the server has dropped the epoch."""
     history = of(valkey_server, MAX_AGE=100, TOKEN_MAX_AGE=200)
     floor = history.newest("t")[0]
     age(history, 99)
@@ -1005,13 +1202,13 @@ def test_the_floor_is_renewed_before_a_head_expires(valkey_server: ValkeyServer)
     assert floor < renewed
     assert texts(history.read("t", floor).entries) == ["gone"]
     age(history, 200)
-    assert not history.heads(["t"])["t"].life
+    assert not history.heads(["t"])["t"].has_epoch
     for after in (floor, renewed):
         assert not history.read("t", after).complete
 
 
-def test_the_floor_when_the_clock_is_set_back(valkey_server: ValkeyServer) -> None:
-    """It rises above all that was given out from it."""
+def test_the_floor_rises_if_the_clock_is_set_back(valkey_server: ValkeyServer) -> None:
+    """It rises above all sequence numbers that begin from it."""
     history = of(valkey_server, TOKEN_MAX_AGE=100_000)
     (host,) = history._hosts.all
     floor = history.newest("t")[0]
@@ -1023,8 +1220,10 @@ def test_the_floor_when_the_clock_is_set_back(valkey_server: ValkeyServer) -> No
     assert entry.seq == ahead + 50_000 * 10**6 + 1
 
 
-def test_a_life_that_began_with_an_older_floor(history: RedisHistory) -> None:
-    """Who was given the newer floor is told, and can go on; there is no gap."""
+def test_a_listener_at_a_newer_floor_than_the_epoch_receives_a_reset(
+    history: RedisHistory,
+) -> None:
+    """It then continues without a gap."""
     floor = history.newest("t")[0]
     (host,) = history._hosts.all
     host.client.hset("eventsource:floor", "floor", floor + 5)
@@ -1038,8 +1237,8 @@ def test_a_life_that_began_with_an_older_floor(history: RedisHistory) -> None:
 # Bounds
 
 
-def test_trimming_is_by_the_append(valkey_server: ValkeyServer) -> None:
-    """No more than MAX_EVENTS and none older than MAX_AGE is left by an append."""
+def test_an_append_trims_events_beyond_the_bounds(valkey_server: ValkeyServer) -> None:
+    """MAX_EVENTS and MAX_AGE are the bounds."""
     history = of(valkey_server, MAX_EVENTS=300, MAX_AGE=100)
     history.append("t", [draft(str(n), own_id=f"id {n}") for n in range(1000)])
     assert everything(history) == [str(n) for n in range(700, 1000)]
@@ -1050,42 +1249,62 @@ def test_trimming_is_by_the_append(valkey_server: ValkeyServer) -> None:
     age(history, 60)
     add(history, "new")
     assert everything(history) == ["younger", "new"]
+    age(history, 60)
+    add(history, "newest")
+    assert everything(history) == ["new", "newest"]
     assert host.client.hlen(*history._keys("t", "ids")) == 0
 
 
+def test_an_append_trims_the_events_of_an_earlier_version(history: RedisHistory) -> None:
+    """Its script has not written when the oldest event was stored."""
+    history.max_age = 100
+    add(history, "old")
+    (host,) = history._hosts.all
+    assert host.client.hdel(*history._keys("t", "head"), "oldest") == 1
+    add(history, "younger")
+    assert everything(history) == ["old", "younger"]
+    age(history, 60)
+    add(history, "new")
+    age(history, 60)
+    host.client.hdel(*history._keys("t", "head"), "oldest")
+    add(history, "newest")
+    assert everything(history) == ["new", "newest"]
+
+
 def test_all_keys_of_a_token_expire(history: RedisHistory, valkey_server: ValkeyServer) -> None:
-    """Only the floor and the marker stay; a token's events go before its head."""
+    """Only the floor, the marker and the log of changes stay, and a token's events expire before
+    its head."""
     history.append("t", [draft(own_id="u")])
     history.announce("p", {"t": ["x"]}, 10)
     with valkey_server.client() as client:
         expiries = {key: client.ttl(key) for key in client.scan_iter("*")}
     assert expiries.pop(b"eventsource:floor") == -1
     assert expiries.pop(b"eventsource:project") == -1
+    assert expiries.pop(b"eventsource:changes") == -1
     assert len(expiries) == 5
     assert all(seconds > 0 for seconds in expiries.values())
     events, head = (key.encode() for key in history._keys("t", "events", "head"))
     assert expiries[events] < expiries[head]
 
 
-def test_a_read_transfers_what_it_gives(
+def test_a_read_transfers_only_the_events_it_returns(
     history: RedisHistory, valkey_server: ValkeyServer
 ) -> None:
-    """Of many large events, only those within the bounds come over the wire."""
     history.append("t", [Draft(action="ping", data=b"x" * 100_000) for _ in range(50)])
-    oldest = history.oldest("t")
+    start = before_oldest(history)
 
     def sent() -> int:
         return int(valkey_server.client().info("stats")["total_net_output_bytes"])
 
     before = sent()
-    slice_ = history.read("t", oldest, max_bytes=250_000)
+    slice_ = history.read("t", start, max_bytes=250_000)
     assert len(slice_.entries) == 2
     assert slice_.more
     assert sent() - before < 230_000
 
 
-def test_round_trips(history: RedisHistory) -> None:
-    """The heads of a thousand tokens are one round trip; a fresh place is one too."""
+def test_each_method_takes_a_fixed_number_of_round_trips(history: RedisHistory) -> None:
+    """The heads of a thousand tokens take one, and so does a listener without a cursor."""
     (host,) = history._hosts.all
     add(history, "a")
     counted = Counting(host.client)
@@ -1093,7 +1312,6 @@ def test_round_trips(history: RedisHistory) -> None:
     for call, trips in (
         (lambda: history.heads([f"token {n}" for n in range(1000)]), 1),
         (lambda: history.locate("t", None), 1),
-        (lambda: history.oldest("t"), 1),
         (lambda: add(history, "b"), 1),
         (lambda: history.read("t", 0), 1),
         (lambda: history.announce("p", {f"token {n}": ["x"] for n in range(1000)}, 10), 3),
@@ -1116,7 +1334,7 @@ class Counting:
         return self.client.evalsha(*args)
 
     def eval(self, *args: Any) -> Any:
-        return self.client.eval(*args)  # once in the life of a server
+        return self.client.eval(*args)  # once for each server
 
     def pipeline(self, **kwargs: Any) -> Any:
         pipeline = self.client.pipeline(**kwargs)
@@ -1125,25 +1343,12 @@ class Counting:
         return pipeline
 
 
-def test_oldest(valkey_server: ValkeyServer) -> None:
-    """It is a place from which everything that is kept can be read."""
-    history = of(valkey_server, MAX_EVENTS=2, MAX_AGE=100)
-    floor = history.newest("t")[0]
-    assert history.oldest("t") == floor
-    add(history, "a")
-    assert history.oldest("t") == floor
-    entries = add(history, "b", "c")
-    assert history.oldest("t") == entries[0].seq - 1
-    assert everything(history) == ["b", "c"]
-    age(history, 101)
-    assert history.oldest("t") == entries[1].seq
-
-
 # Presence
 
 
-def test_presence(history: RedisHistory, valkey_server: ValkeyServer) -> None:
-    """All listeners of all processes are present until they or their process end."""
+def test_listeners_are_present_until_they_or_their_process_end(
+    history: RedisHistory, valkey_server: ValkeyServer
+) -> None:
     other = of(valkey_server)
     assert not history.announce("p", {"t": ["ann", "", "ann"], "u": ["bob"]}, 10)
     assert not other.announce("q", {"t": ["été"]}, 10)
@@ -1160,8 +1365,9 @@ def test_presence(history: RedisHistory, valkey_server: ValkeyServer) -> None:
     assert not other.announce("q", {}, 10)
 
 
-def test_an_expired_lease(history: RedisHistory, valkey_server: ValkeyServer) -> None:
-    """What a process told before its lease expired does not count after it came back."""
+def test_listeners_from_before_an_expired_lease_do_not_count(
+    history: RedisHistory, valkey_server: ValkeyServer
+) -> None:
     history.announce("p", {"t": ["ann"], "u": ["bob"]}, 100)
     age(history, 101)
     assert history.present("t") == []
@@ -1171,24 +1377,23 @@ def test_an_expired_lease(history: RedisHistory, valkey_server: ValkeyServer) ->
     assert history.announce("p", {}, 100)
 
 
-def test_a_process_that_does_not_know_its_lease(
+def test_a_lease_of_another_process_with_the_same_name_does_not_count(
     history: RedisHistory, valkey_server: ValkeyServer
 ) -> None:
-    """A lease that somebody else began under the same name counts for nothing."""
     of(valkey_server).announce("p", {"t": ["ann"]}, 100)
     assert not history.announce("p", {}, 100)
     assert history.present("t") == []
 
 
-def test_what_was_written_meanwhile_stays(history: RedisHistory) -> None:
-    """Of what looked stale, only what is still the same is removed."""
+def test_listeners_written_during_their_removal_stay(history: RedisHistory) -> None:
+    """Only fields with an unchanged value are removed."""
     history.announce("p", {"t": ["ann"], "u": ["bob"]}, 100)
     (host,) = history._hosts.all
     for token, value in (
         ("t", "another"),
         ("u", host.client.hget(_present_key(history, "u"), "p")),
     ):
-        host.run(FORGET, [_present_key(history, token)], ["p", value])
+        host.run(REMOVE, [_present_key(history, token)], ["p", value])
     assert (history.present("t"), history.present("u")) == (["ann"], [])
 
 
@@ -1196,8 +1401,7 @@ def _present_key(history: RedisHistory, token: str) -> str:
     return history._keys(token, "present")[0]
 
 
-def test_a_lease_is_renewed(history: RedisHistory) -> None:
-    """The time begins anew with each call."""
+def test_each_announcement_renews_the_lease(history: RedisHistory) -> None:
     history.announce("p", {"t": ["ann"]}, 100)
     age(history, 60)
     assert history.announce("p", {}, 100)
@@ -1205,16 +1409,17 @@ def test_a_lease_is_renewed(history: RedisHistory) -> None:
     assert history.present("t") == ["ann"]
 
 
-def test_an_emptied_store_of_presence(history: RedisHistory, valkey_server: ValkeyServer) -> None:
-    """A process is asked for everything when the server lost its data."""
+def test_a_process_must_announce_again_after_the_server_lost_its_data(
+    history: RedisHistory, valkey_server: ValkeyServer
+) -> None:
     history.announce("p", {"t": ["ann"]}, 10)
     valkey_server.run("FLUSHALL")
     assert not history.announce("p", {}, 10)
     assert history.present("t") == []
 
 
-def test_presence_after_a_restart(own_server: ValkeyServer) -> None:
-    """A server that may have lost what it was told last asks for everything."""
+def test_a_process_must_announce_again_after_a_restart(own_server: ValkeyServer) -> None:
+    """The server may have lost the last announcements."""
     history = of(own_server)
     history.announce("p", {"t": ["ann"]}, 100)
     own_server.restart()
@@ -1222,8 +1427,8 @@ def test_presence_after_a_restart(own_server: ValkeyServer) -> None:
     assert history.present("t") == []
 
 
-def test_everything_is_written_again_after_some_time(history: RedisHistory) -> None:
-    """A process is asked for everything before the tokens expire; it counts meanwhile."""
+def test_a_process_must_announce_again_before_the_listeners_expire(history: RedisHistory) -> None:
+    """Its listeners count in the meantime."""
     history.announce("p", {"t": ["ann"]}, 100)
     (host,) = history._hosts.all
     host.client.hincrby(history._lease_key("p"), "made", -43_200 * 10**6)
@@ -1232,26 +1437,25 @@ def test_everything_is_written_again_after_some_time(history: RedisHistory) -> N
     assert history.announce("p", {}, 100)
 
 
-def test_an_announcement_that_failed(
+def test_a_process_must_announce_again_after_a_failed_call(
     valkey_server: ValkeyServer, own_server: ValkeyServer
 ) -> None:
-    """Where it failed on the way, the next call asks for everything."""
     history = RedisHistory(HOSTS=[valkey_server.url, own_server.url], TIMEOUT=1)
     history.announce("p", {"t": ["ann"]}, 10)
     own_server.pause()
     assert history.announce("p", {"t": ["bob"]}, 10), "the other host has all it needs"
     own_server.resume()
     for host in history._hosts.all:
-        host._look_again_at = 0
+        host._probe_at = 0
     assert not history.announce("p", {"t": ["bob"]}, 10)
     assert history.announce("p", {}, 10)
     assert history.present("t") == ["bob"]
 
 
-def test_prune_removes_what_dead_processes_left(
+def test_prune_removes_listeners_of_dead_processes(
     history: RedisHistory, valkey_server: ValkeyServer
 ) -> None:
-    """A process that lives tidies up its tokens after those that died."""
+    """A live process removes them from its own tokens."""
     dead = of(valkey_server)
     dead.announce("dead", {"t": ["ann"]}, 10)
     history.announce("p", {"t": ["bob"]}, 100)
@@ -1266,8 +1470,9 @@ def test_prune_removes_what_dead_processes_left(
     assert not host.client.exists(key)
 
 
-async def test_awaited_presence(history: RedisHistory) -> None:
-    """The a-methods give what the plain ones give."""
+async def test_awaited_presence_returns_what_the_blocking_methods_return(
+    history: RedisHistory,
+) -> None:
     assert not await history.aannounce("p", {"t": ["ann"]}, 10)
     assert await history.apresent("t") == ["ann"]
     await history.awithdraw("p")
@@ -1277,7 +1482,7 @@ async def test_awaited_presence(history: RedisHistory) -> None:
 # Threads and forks
 
 
-async def test_a_paused_server_holds_up_nothing_else(own_server: ValkeyServer) -> None:
+async def test_a_paused_server_delays_nothing_else(own_server: ValkeyServer) -> None:
     """Neither the event loop nor Django's thread for synchronous work waits for it."""
     history = of(own_server)
     await history.aheads(["t"])
@@ -1290,11 +1495,18 @@ async def test_a_paused_server_holds_up_nothing_else(own_server: ValkeyServer) -
     assert await history.call(lambda: 5) == 5
     assert time.monotonic() - began < 2
     own_server.resume()
-    assert not (await waiting)["t"].life
+    assert not (await waiting)["t"].has_epoch
 
 
-async def test_after_a_fork(history: RedisHistory) -> None:
-    """A forked process has threads and connections of its own."""
+async def test_a_forked_process_has_a_history_with_its_own_threads(
+    settings, valkey_server: ValkeyServer
+) -> None:
+    """The child makes a new history. The parent's connections stay open."""
+    settings.EVENTSOURCE_HISTORY = {
+        "BACKEND": "django_eventsource.history.redis.RedisHistory",
+        "OPTIONS": {"HOSTS": [valkey_server.url]},
+    }
+    history = get_history()
     await history.aheads(["t"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
@@ -1302,9 +1514,10 @@ async def test_after_a_fork(history: RedisHistory) -> None:
     if child == 0:
         status = 1
         try:
+            gc.collect()
             loop = asyncio.new_event_loop()
             asyncio.events._set_running_loop(None)
-            loop.run_until_complete(history.call(add, history, "child"))
+            loop.run_until_complete(get_history().call(add, get_history(), "child"))
             status = 0
         finally:
             os._exit(status)
@@ -1314,23 +1527,24 @@ async def test_after_a_fork(history: RedisHistory) -> None:
             os.kill(child, signal.SIGKILL)
         await asyncio.sleep(0.01)
     assert ended == (child, 0)
+    assert get_history() is history
     await history.call(add, history, "parent")
     assert everything(history) == ["child", "parent"]
 
 
-def test_hosts_are_told_apart_by_what_they_are(history: RedisHistory) -> None:
-    """Aging, which other tests rely on, reaches every key with an expiry."""
+def test_age_server_ages_every_key_with_an_expiry(history: RedisHistory) -> None:
+    """Other tests rely on it."""
     add(history, "a")
     (host,) = history._hosts.all
     assert isinstance(host, Host)
     age_server(host.client, 86_401)
     assert everything(history) == []
-    assert history.heads(["t"])["t"].life
+    assert history.heads(["t"])["t"].has_epoch
 
 
-# What users see of it
+# Commands, views and checks
 
-AWAY = {
+UNREACHABLE = {
     "BACKEND": "django_eventsource.history.redis.RedisHistory",
     "OPTIONS": {"HOSTS": ["redis://127.0.0.1:1"], "TIMEOUT": 0.05},
 }
@@ -1339,9 +1553,11 @@ AWAY = {
 @pytest.mark.parametrize(
     "arguments", [("send_event", "t", "ping", "x"), ("prune_events",)], ids=lambda a: a[0]
 )
-def test_commands_where_the_server_is_away(settings, arguments: tuple[str, ...]) -> None:
-    """One line that says what failed and what to do, and no traceback."""
-    settings.EVENTSOURCE_HISTORY = AWAY
+def test_a_command_reports_a_server_that_is_down_in_one_line(
+    settings, arguments: tuple[str, ...]
+) -> None:
+    """The line names the failure and the way out, and no traceback is printed."""
+    settings.EVENTSOURCE_HISTORY = UNREACHABLE
     if arguments == ("prune_events",):
         get_history()._announced["p"] = {"t"}  # type: ignore[attr-defined]
     with pytest.raises(CommandError) as caught:
@@ -1353,9 +1569,8 @@ def test_commands_where_the_server_is_away(settings, arguments: tuple[str, ...])
 
 
 @pytest.mark.django_db
-async def test_a_post_where_the_server_is_away(settings) -> None:
-    """503: the sender may try again."""
-    settings.EVENTSOURCE_HISTORY = AWAY
+async def test_a_post_responds_with_503_while_the_server_is_down(settings) -> None:
+    settings.EVENTSOURCE_HISTORY = UNREACHABLE
     settings.EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
     response = await AsyncClient().post("/events/ping/t", "x", content_type="text/plain")
     assert response.status_code == 503
@@ -1364,15 +1579,15 @@ async def test_a_post_where_the_server_is_away(settings) -> None:
 
 @pytest.fixture
 def foreign(settings, valkey_server: ValkeyServer) -> None:
-    """The prefix belongs to another project."""
+    """Another project uses the prefix."""
     claim_as(settings, valkey_server, "other")
-    settings.EVENTSOURCE_HISTORY = {**AWAY, "OPTIONS": {"HOSTS": [valkey_server.url]}}
+    settings.EVENTSOURCE_HISTORY = {**UNREACHABLE, "OPTIONS": {"HOSTS": [valkey_server.url]}}
     settings.EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
 
 
 @pytest.mark.usefixtures("foreign")
 def test_send_event_names_the_prefix_of_another_project() -> None:
-    """One line with the way out, and no traceback."""
+    """It prints one line with the way out, and no traceback."""
     with pytest.raises(CommandError, match=r"^The key 'eventsource:project' .* set PREFIX in"):
         call_command("send_event", "t", "ping", "x")
     get_history()._announced["p"] = {"t"}  # type: ignore[attr-defined]
@@ -1382,10 +1597,10 @@ def test_send_event_names_the_prefix_of_another_project() -> None:
 
 @pytest.mark.django_db
 @pytest.mark.usefixtures("foreign")
-async def test_a_listener_where_the_prefix_is_another_projects(
+async def test_a_listener_gets_a_retry_while_another_project_uses_the_prefix(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The listener is told to come back later, and the log names the way out."""
+    """The log names the way out."""
     response = await AsyncClient().get("/events/poll/t")
     assert response.status_code == 200
     assert b"\nretry: " in response.content
@@ -1394,16 +1609,16 @@ async def test_a_listener_where_the_prefix_is_another_projects(
 
 @pytest.mark.usefixtures("foreign")
 def test_system_checks_need_no_server_for_the_prefix() -> None:
-    """The marker is not read by `manage.py check`."""
+    """`manage.py check` does not read the marker."""
     assert [message.id for message in run_checks(tags=["eventsource"])] == []
 
 
 @pytest.mark.parametrize("listeners", [1, 30])
-async def test_round_trips_of_a_publish(
+async def test_a_publish_takes_one_script_and_one_publish_command(
     settings, valkey_server: ValkeyServer, listeners: int
 ) -> None:
-    """One script and one PUBLISH, however many listen."""
-    settings.EVENTSOURCE_HISTORY = {**AWAY, "OPTIONS": {"HOSTS": [valkey_server.url]}}
+    """The number of listeners does not matter."""
+    settings.EVENTSOURCE_HISTORY = {**UNREACHABLE, "OPTIONS": {"HOSTS": [valkey_server.url]}}
     settings.EVENTSOURCE_POLL_SECONDS = 600
     settings.CHANNEL_LAYERS = {
         "default": {
@@ -1415,14 +1630,19 @@ async def test_round_trips_of_a_publish(
     began = hub._checked_at
     async with asyncio.timeout(10):
         while hub._checked_at == began:
-            await asyncio.sleep(0.01)  # the next head check, with its own message, is far away
+            await asyncio.sleep(
+                0.01
+            )  # the next head check, with its own message, is far in the future
     streams = [EventStream("t", await get_history().alocate("t", None)) for _ in range(listeners)]
     await apublish("t", "ping", "0")
     for stream in streams:
         await until_it_has(stream, b"data: 0")
+    assert await asyncio.to_thread(notifier.flush)
     before = calls(valkey_server)
     for n in range(1, 11):
         await apublish("t", "ping", str(n))
+        # Without a pause between them, several events are sent in one message.
+        assert await asyncio.to_thread(notifier.flush)
     for stream in streams:
         await until_it_has(stream, b"data: 10\n")
     after = calls(valkey_server)
@@ -1442,7 +1662,7 @@ async def until_it_has(stream: EventStream, text: bytes) -> None:
             body += await anext(stream)
 
 
-def calls(server: ValkeyServer) -> dict[str, int]:
-    """How often each command was run."""
+def calls(server: ValkeyServer) -> Counter[str]:
+    """Return how often each command was run, 0 for those that were never run."""
     stats = server.run("INFO", "commandstats")
-    return {name.removeprefix("cmdstat_"): of["calls"] for name, of in stats.items()}
+    return Counter({name.removeprefix("cmdstat_"): of["calls"] for name, of in stats.items()})

@@ -1,4 +1,4 @@
-"""Short transactions: tried again after contention, and when their connection was lost."""
+"""Tests of the short transactions: contention and lost connections."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from django.db.utils import DatabaseError
 from django.test.utils import CaptureQueriesContext
 
 from django_eventsource.history import Head, Kind
-from django_eventsource.history import transactions as module
-from django_eventsource.history.database import DatabaseHistory
-from django_eventsource.history.transactions import Overtaken, in_transaction
+from django_eventsource.history.database.backend import DatabaseHistory
+from django_eventsource.history.transaction_retries import OutboxConflict, in_transaction
 from django_eventsource.models import StoredEvent
-from tests.histories import ALIASES, SERVERS, add, cut_connections, draft, in_thread, texts
+from tests.support.events import add, draft, texts
+from tests.support.histories import (
+    ALIASES,
+    SERVERS,
+    before_oldest,
+    cut_connections,
+    in_thread,
+    with_orm,
+)
 
 real_commits = pytest.mark.django_db(transaction=True, databases=ALIASES)
 
 
 @pytest.fixture(params=SERVERS)
 def history(request: pytest.FixtureRequest) -> Iterator[DatabaseHistory]:
-    yield DatabaseHistory(USING=request.param)
+    """Publish with transactions of several statements, as without SQL for the database."""
+    yield with_orm(request.param)
     connections[request.param].close()
 
 
@@ -32,7 +40,7 @@ def history(request: pytest.FixtureRequest) -> Iterator[DatabaseHistory]:
 
 
 class Locked:
-    """Work that fails as often as told, then gives a value."""
+    """Work that fails a number of times and then returns a value."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
@@ -60,12 +68,11 @@ def postgres_error(sqlstate: str) -> OperationalError:
         OperationalError(1205, "Lock wait timeout exceeded"),
         OperationalError(1213, "Deadlock found"),
         OperationalError(1020, "Record has changed since last read"),
-        Overtaken("settled by others"),
+        OutboxConflict("settled by another process"),
     ],
     ids=["sqlite", "serialization", "deadlock", "wait", "mysql-deadlock", "snapshot", "overtaken"],
 )
-def test_contention_is_tried_again(error: OperationalError) -> None:
-    """Whoever was second tries again."""
+def test_a_transaction_that_lost_to_another_is_retried(error: OperationalError) -> None:
     assert in_transaction("default", Locked(error, error)) == "done"
 
 
@@ -73,23 +80,22 @@ def test_contention_is_tried_again(error: OperationalError) -> None:
 @pytest.mark.parametrize(
     "error", [OperationalError("disk full"), OperationalError(), postgres_error("57P01")]
 )
-def test_failures_are_not_tried_again(error: OperationalError) -> None:
-    """What fails for another reason, on a connection that works, would fail again."""
+def test_other_failures_are_not_retried(error: OperationalError) -> None:
+    """On a working connection the work would fail again."""
     with pytest.raises(OperationalError):
         in_transaction("default", Locked(error))
 
 
 @real_commits
-def test_contention_without_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trying again ends at its deadline."""
-    monkeypatch.setattr(module, "CONTENTION_SECONDS", -1)
+def test_retries_end_at_the_deadline() -> None:
+    work = Locked(OperationalError("database is locked"))
     with pytest.raises(OperationalError, match="locked"):
-        in_transaction("default", Locked(OperationalError("database is locked")))
+        in_transaction("default", work, patience=-1)
 
 
 @pytest.mark.django_db
-def test_contention_inside_a_transaction_is_the_callers() -> None:
-    """Only the outermost transaction can be tried again."""
+def test_contention_inside_a_transaction_is_raised() -> None:
+    """Only the outermost transaction can be repeated."""
     with pytest.raises(OperationalError, match="locked"):
         in_transaction("default", Locked(OperationalError("database is locked")))
 
@@ -98,17 +104,17 @@ def test_contention_inside_a_transaction_is_the_callers() -> None:
 
 
 def cut(history: DatabaseHistory) -> None:
-    """Cut this thread's connection at the server, without telling this end."""
+    """Cut this thread's connection at the server, so that the client does not notice it."""
     in_thread(lambda: cut_connections(history.using))
 
 
 def stored(history: DatabaseHistory) -> list[str]:
-    return texts(history.read("t", history.oldest("t"), max_events=1000).entries)
+    return texts(history.read("t", before_oldest(history), max_events=1000).entries)
 
 
 @real_commits
-def test_a_connection_found_dead_is_replaced(history: DatabaseHistory) -> None:
-    """A publisher does not notice that its connection died while it did nothing."""
+def test_an_idle_connection_that_was_lost_is_replaced(history: DatabaseHistory) -> None:
+    """The publisher does not notice it."""
     (first,) = add(history, "a")
     cut(history)
     (second,) = add(history, "b")
@@ -117,8 +123,10 @@ def test_a_connection_found_dead_is_replaced(history: DatabaseHistory) -> None:
 
 
 @real_commits
-def test_a_connection_lost_on_the_way_is_replaced(history: DatabaseHistory) -> None:
-    """What was done before the commit is undone by the server, and done again."""
+def test_work_whose_connection_was_lost_before_the_commit_is_repeated(
+    history: DatabaseHistory,
+) -> None:
+    """The server has rolled it back."""
     (first,) = add(history, "a")
     cuts = [cut]
 
@@ -136,8 +144,8 @@ def test_a_connection_lost_on_the_way_is_replaced(history: DatabaseHistory) -> N
 
 
 @real_commits
-def test_a_second_loss_is_told(history: DatabaseHistory) -> None:
-    """A fresh connection that is lost as well is no accident, and the next call works."""
+def test_a_second_lost_connection_is_raised(history: DatabaseHistory) -> None:
+    """The next call works."""
     add(history, "a")
 
     def run(execute: Any, sql: str, *args: Any) -> Any:
@@ -151,8 +159,8 @@ def test_a_second_loss_is_told(history: DatabaseHistory) -> None:
 
 
 @real_commits
-def test_a_connection_lost_after_the_commit_of_a_transaction(history: DatabaseHistory) -> None:
-    """Staged events are settled on a fresh connection."""
+def test_staged_events_are_settled_on_a_new_connection(history: DatabaseHistory) -> None:
+    """The connection is lost between the commit and the settling."""
     with transaction.atomic(using=history.using):
         settle = history.stage("t", [draft("a"), draft("b")])
     cut(history)
@@ -160,8 +168,8 @@ def test_a_connection_lost_after_the_commit_of_a_transaction(history: DatabaseHi
 
 
 @real_commits
-def test_a_loss_inside_a_transaction_is_the_callers(history: DatabaseHistory) -> None:
-    """Its business data is lost with it. The next publisher has a new connection."""
+def test_a_connection_lost_inside_a_transaction_is_raised(history: DatabaseHistory) -> None:
+    """The next publisher has a new connection."""
     with pytest.raises(DatabaseError), transaction.atomic(using=history.using):
         settle = history.stage("t", [draft("lost")])
         cut(history)
@@ -170,15 +178,15 @@ def test_a_loss_inside_a_transaction_is_the_callers(history: DatabaseHistory) ->
     assert stored(history) == ["a"]
 
 
-# Commits of which nobody knows whether they arrived
+# Connections lost during the commit
 
 
 def lose_commit(
     history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, *, arrives: bool, then: Any = None
 ) -> None:
-    """Cut the connection at the next commit: before it reaches the server, or after it.
+    """Cut the connection at the next commit, before or after the commit reaches the server.
 
-    :param then: what happens before anybody looks.
+    :param then: a function to call before the publisher continues.
     """
     connection = connections[history.using]
     real = connection._commit
@@ -200,14 +208,14 @@ def lose_commit(
 @real_commits
 @pytest.mark.parametrize("arrives", [True, False])
 @pytest.mark.parametrize("before", [[], ["earlier"]], ids=["first", "later"])
-def test_a_commit_in_doubt_is_neither_lost_nor_repeated(
+def test_a_commit_that_lost_its_connection_is_published_once(
     history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, arrives: bool, before: list[str]
 ) -> None:
-    """The publisher looks whether its events are there, and appends them if they are not."""
+    """The history checks whether its events are stored, and appends them if not."""
     for text in before:
         add(history, text)
     lose_commit(history, monkeypatch, arrives=arrives)
-    entries = history.append("t", [draft("a"), draft("b", kind=Kind.FINISH)])
+    entries = history.append("t", [draft("a"), draft("b", kind=Kind.CLOSE)])
     assert stored(history) == [*before, "a", "b"]
     assert history.read("t", entries[0].seq - 1).entries == tuple(entries)
     assert history.newest("t") == (entries[1].seq, entries[1].seq)
@@ -215,10 +223,10 @@ def test_a_commit_in_doubt_is_neither_lost_nor_repeated(
 
 @real_commits
 @pytest.mark.parametrize("before", [[], ["earlier"]], ids=["first", "later"])
-def test_a_number_that_another_got_is_not_mine(
+def test_a_number_of_another_publisher_does_not_confirm_a_commit(
     history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, before: list[str]
 ) -> None:
-    """Where the commit did not arrive, somebody else has taken the numbers since."""
+    """After a failed commit another publisher has received the same sequence numbers."""
     for text in before:
         add(history, text)
     lose_commit(history, monkeypatch, arrives=False, then=lambda: add(history, "x", "y"))
@@ -228,10 +236,10 @@ def test_a_number_that_another_got_is_not_mine(
 
 
 @real_commits
-def test_an_event_that_nobody_can_tell_of(
+def test_a_doubtful_commit_of_a_trimmed_event_is_raised(
     history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trimmed before its publisher could look: it is told, and nothing is repeated."""
+    """The history can neither confirm nor repeat it."""
     history.max_events = 1
     first = history.newest("t")[0]
 
@@ -240,7 +248,9 @@ def test_an_event_that_nobody_can_tell_of(
         history.prune()
 
     lose_commit(history, monkeypatch, arrives=True, then=trim)
-    with pytest.raises(OperationalError, match="publish it again if that does no harm"):
+    with pytest.raises(
+        OperationalError, match="Publish it again if listeners may receive it twice"
+    ):
         add(history, "a")
     assert stored(history) == ["c"]
     assert history.newest("t")[0] > first
@@ -248,10 +258,10 @@ def test_an_event_that_nobody_can_tell_of(
 
 @real_commits
 @pytest.mark.parametrize("before", [[], ["earlier"]], ids=["first", "later"])
-def test_a_commit_that_is_still_under_way_is_waited_for(
+def test_the_check_waits_for_a_commit_that_is_still_running(
     history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, before: list[str]
 ) -> None:
-    """A server may work on a commit whose connection is gone: looking now is too early."""
+    """The server may still run a commit whose connection was lost."""
     for text in before:
         add(history, text)
     connection = connections[history.using]
@@ -275,11 +285,11 @@ def test_a_commit_that_is_still_under_way_is_waited_for(
     (entry,) = add(history, "a")
     slow[0].join(60)
     assert stored(history) == [*before, "a"]
-    assert history.heads(["t"]) == {"t": Head(seq=entry.seq, life=True)}
+    assert history.heads(["t"]) == {"t": Head(seq=entry.seq, has_epoch=True)}
 
 
 def wait_for_waiters(using: str) -> None:
-    """Return when somebody waits for a lock."""
+    """Return when another connection waits for a lock."""
     waiters = {
         "postgres": "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
         "mariadb": "SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'",
@@ -291,15 +301,15 @@ def wait_for_waiters(using: str) -> None:
         with connections[using].cursor() as cursor:
             cursor.execute(waiters[using])
             found = cursor.fetchone()
-        time.sleep(0.2)  # MariaDB shows what it showed to a look less than 0.1 s ago
+        time.sleep(0.2)  # MariaDB refreshes the table every 0.1 s
 
 
 @real_commits
 @pytest.mark.parametrize("arrives", [True, False])
-def test_settling_in_doubt(
+def test_settling_that_lost_its_connection_settles_once(
     history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, arrives: bool
 ) -> None:
-    """Staged events are settled once, and their publisher finds the numbers."""
+    """The publisher receives the sequence numbers."""
     with transaction.atomic(using=history.using):
         settle = history.stage("t", [draft("a"), draft("b")])
     lose_commit(history, monkeypatch, arrives=arrives)
@@ -310,10 +320,9 @@ def test_settling_in_doubt(
 
 @real_commits
 @pytest.mark.parametrize("arrives", [True, False])
-def test_nothing_to_append_in_doubt(
+def test_an_empty_append_that_lost_its_connection_stores_nothing(
     history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, arrives: bool
 ) -> None:
-    """An empty append stays one."""
     add(history, "a")
     lose_commit(history, monkeypatch, arrives=arrives)
     assert history.append("t", []) == []
@@ -322,10 +331,10 @@ def test_nothing_to_append_in_doubt(
 
 @real_commits
 @pytest.mark.parametrize("arrives", [True, False])
-def test_a_lease_in_doubt(
+def test_a_doubtful_announcement_reports_the_missing_lease(
     history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, arrives: bool
 ) -> None:
-    """A process that had no lease is told so, whichever attempt found it out."""
+    """It announces again if any attempt found no valid lease."""
     lose_commit(history, monkeypatch, arrives=arrives)
     assert not history.announce("p", {"t": ["a"]}, 60)
     assert history.present("t") == ["a"]
@@ -335,8 +344,91 @@ def test_a_lease_in_doubt(
 
 
 @real_commits
-def test_appending_takes_no_statement_more(history: DatabaseHistory) -> None:
-    """What is needed in doubt costs nothing where there is none: update, select, insert."""
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_commit_of_an_event_with_a_key_that_lost_its_connection_is_published_once(
+    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, arrives: bool
+) -> None:
+    """Its publisher is the first one, and its key is known afterwards."""
+    add(history, "earlier")
+    lose_commit(history, monkeypatch, arrives=arrives)
+    (first,) = history.append("t", [draft("a", key="k")])
+    assert not first.repeated
+    (again,) = history.append("t", [draft("b", key="k")])
+    assert (again.repeated, again.seq) == (True, first.seq)
+    assert stored(history) == ["earlier", "a"]
+
+
+@real_commits
+@pytest.mark.parametrize("arrives", [True, False])
+def test_an_event_with_a_known_key_that_lost_its_connection_is_not_stored(
+    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, arrives: bool
+) -> None:
+    (first,) = history.append("t", [draft("a", own_id="one", key="k")])
+    lose_commit(history, monkeypatch, arrives=arrives)
+    (again,) = history.append("t", [draft("b", key="k")])
+    assert (again.repeated, again.seq, again.id) == (True, first.seq, "one")
+    assert stored(history) == ["a"]
+    (after,) = add(history, "c")
+    assert after.seq == first.seq + 1
+
+
+@real_commits
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_key_that_was_trimmed_while_the_connection_was_lost_is_free(
+    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, arrives: bool
+) -> None:
+    history.max_events = 1
+    history.append("t", [draft("a", key="k")])
+
+    def trim() -> None:
+        add(history, "x", "y")
+        history.prune()
+
+    lose_commit(history, monkeypatch, arrives=arrives, then=trim)
+    (again,) = history.append("t", [draft("b", key="k")])
+    assert not again.repeated
+    assert stored(history) == ["y", "b"]
+
+
+@real_commits
+def test_a_key_that_another_publisher_used_after_a_failed_commit_is_known(
+    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_commit(
+        history,
+        monkeypatch,
+        arrives=False,
+        then=lambda: history.append("t", [draft("theirs", key="k")]),
+    )
+    (mine,) = history.append("t", [draft("mine", key="k")])
+    assert mine.repeated
+    assert history.newest("t")[0] == mine.seq
+    assert stored(history) == ["theirs"]
+
+
+@real_commits
+@pytest.mark.parametrize("arrives", [True, False])
+@pytest.mark.parametrize("known", [True, False])
+def test_settling_events_with_and_without_a_key_that_lost_its_connection_settles_once(
+    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, arrives: bool, known: bool
+) -> None:
+    """Events without a key are not stored twice because of the last event, whose key is known."""
+    if known:
+        history.append("t", [draft("first", key="k")])
+    with transaction.atomic(using=history.using):
+        plain = history.stage("t", [draft("a"), draft("b")])
+        keyed = history.stage("t", [draft("k", key="k")])
+    lose_commit(history, monkeypatch, arrives=arrives)
+    assert texts(plain()) == ["a", "b"]
+    (entry,) = keyed()
+    assert entry.repeated is known
+    assert stored(history) == (["first", "a", "b"] if known else ["a", "b", "k"])
+    assert texts(history.read("t", entry.seq - 1).entries)[0] == ("first" if known else "k")
+
+
+@real_commits
+def test_the_check_of_doubtful_commits_adds_no_statement(history: DatabaseHistory) -> None:
+    """An append takes an update, a select and an insert."""
     add(history, "a")
     with CaptureQueriesContext(connections[history.using]) as queries:
         add(history, "b")

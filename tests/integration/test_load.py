@@ -1,4 +1,4 @@
-"""The load generator: what it counts, against servers that send it all kinds of streams."""
+"""Tests of the load generator against servers that send all kinds of streams."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TORN = ("-DREAD_BYTES=1", "-DMAX_SAMPLES=8")
 
 @pytest.fixture(scope="session")
 def built() -> Path:
-    """Give the generator as everybody uses it."""
+    """Return the generator as the benchmarks use it."""
     try:
         load.compiler()
     except load.NoCompilerError as error:
@@ -47,7 +47,7 @@ def built() -> Path:
 
 @pytest.fixture(scope="session")
 def sanitizer(built: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Give the compiler's flags for its sanitizers, or none where they do not work."""
+    """Return the compiler's flags for its sanitizers, or none where they do not work."""
     program = tmp_path_factory.mktemp("sanitizer") / "nothing"
     source = program.with_suffix(".c")
     source.write_text("int main(void) { return 0; }\n")
@@ -60,7 +60,7 @@ def sanitizer(built: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
 
 @pytest.fixture(scope="session")
 def torn(sanitizer: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the generator that reads byte by byte, with sanitizers where there are any."""
+    """Return a generator that reads byte by byte, with sanitizers if they work."""
     return load.compile_to(tmp_path_factory.mktemp("torn") / "sseload", *TORN, *sanitizer)
 
 
@@ -89,7 +89,7 @@ class Request:
 
 
 class Client:
-    """One connection to the server, and the request that came last."""
+    """One connection to the server, and its last request."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -98,7 +98,7 @@ class Client:
         self.keep_alive = True
 
     async def read_head(self) -> bool:
-        """Read a request but for its body. Give false when the connection is closed instead."""
+        """Read a request except for its body. Return false if the connection is closed instead."""
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
         first, *lines = head.strip().split("\r\n")
         method, path, _ = first.split(" ")
@@ -112,7 +112,7 @@ class Client:
         self.request.body = await self.reader.readexactly(length)
 
     async def send(self, *pieces: bytes) -> None:
-        """Send pieces, each as soon as it is there."""
+        """Send pieces, each in a packet of its own."""
         for piece in pieces:
             self.writer.write(piece)
             await self.writer.drain()
@@ -123,7 +123,7 @@ class Client:
             assert await self.reader.read() == b""
 
     def reset(self) -> None:
-        """Make the close a reset (RST), as of a process that was killed."""
+        """Close with a reset (RST), as a killed process does."""
         sock = self.writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
@@ -133,7 +133,7 @@ Step = Callable[["Site", Client], Awaitable[None]]
 
 
 class Site:
-    """A server on a real socket: one function plays every GET, one plays every POST."""
+    """A server on a real socket: one function handles every GET, another one every POST."""
 
     def __init__(self, get: Step, post: Step | None = None, *, bodies: bool = True) -> None:
         self.get = get
@@ -192,7 +192,7 @@ class Site:
 
 
 async def run(site: Site, *, timed_out: bool = False, **options: Any) -> dict[str, Any]:
-    """Run the generator on a site, while the site serves."""
+    """Run the generator on a site while the site serves."""
     options = {"timeout": TIMEOUT, **options}
     result = await asyncio.to_thread(load.run, port=site.port, **options)
     assert result["timed_out"] is timed_out
@@ -215,7 +215,7 @@ def chunks(*pieces: bytes) -> list[bytes]:
 
 
 def odd_chunk(data: bytes) -> bytes:
-    """Make a chunk with zeros, upper case, and an extension that looks like an event."""
+    """Return a chunk with zeros, upper case, and an extension that looks like an event."""
     return b'%04X ; note="\ndata: T%d."\r\n%s\r\n'.replace(b"\n", b"", 1) % (
         len(data),
         time.time_ns(),
@@ -246,7 +246,7 @@ def no_data(payload: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Style:
-    """How a server sends its streams: what goes over the wire for a payload."""
+    """How a server sends its streams: the bytes on the wire for a payload."""
 
     wire: Callable[[bytes], Iterable[bytes]]
     head: bytes = CHUNKED
@@ -279,7 +279,7 @@ STYLES = {
 
 
 def listening(head: bytes) -> Step:
-    """Open a stream that lasts until the generator leaves."""
+    """Open a stream that lasts until the generator closes it."""
 
     async def step(site: Site, client: Client) -> None:
         await client.send(head)
@@ -290,7 +290,7 @@ def listening(head: bytes) -> Step:
 
 
 def publishing(wire: Callable[[bytes], Iterable[bytes]], answer: bytes = NO_CONTENT) -> Step:
-    """Send a publication to all streams of its token, then answer it."""
+    """Send a publication to all streams of its token, then respond to it."""
 
     async def step(site: Site, client: Client) -> None:
         for stream in site.streams[client.request.token]:
@@ -305,7 +305,7 @@ def site_of(style: Style, answer: bytes = NO_CONTENT) -> Site:
 
 
 def sending(*pieces: bytes, hold: bool = False) -> Step:
-    """Send the same to every stream, and end it, or hold it open."""
+    """Send the same data to every stream, and end it, or leave it open."""
 
     async def step(site: Site, client: Client) -> None:
         await client.send(*pieces)
@@ -320,7 +320,7 @@ def sending(*pieces: bytes, hold: bool = False) -> Step:
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 async def test_every_delivery_counts_once(program: Path, style: Style) -> None:
-    """However the stream is cut, and whatever else is in it."""
+    """The stream is split anywhere, and contains other data too."""
     async with site_of(style) as site:
         result = await run(site, listen="/t", listeners=3, publish="/t", events=7)
     assert result["listeners"] == result["opened"] == 3
@@ -353,8 +353,10 @@ NO_DELIVERIES = {
 
 
 @pytest.mark.parametrize("body", NO_DELIVERIES.values(), ids=NO_DELIVERIES)
-async def test_what_is_no_delivery(program: Path, body: Callable[[bytes], bytes]) -> None:
-    """It has no marker, or not in a data line that has come to its end. The run ends anyway."""
+async def test_data_without_a_complete_marked_line_does_not_count(
+    program: Path, body: Callable[[bytes], bytes]
+) -> None:
+    """The run ends at its time limit."""
     async with site_of(Style(lambda p: chunks(body(p)))) as site:
         result = await run(site, listen="/t", publish="/t", quiet_seconds=0.1)
     assert result["publish_ok"] == 1
@@ -364,8 +366,8 @@ async def test_what_is_no_delivery(program: Path, body: Callable[[bytes], bytes]
     assert result["cpu_us_per_delivery"] is None
 
 
-async def test_lost_and_extra_do_not_hide_each_other(program: Path) -> None:
-    """One stream misses one event, another gets one twice."""
+async def test_a_lost_and_a_repeated_event_are_counted_separately(program: Path) -> None:
+    """One stream misses an event, and another one receives an event twice."""
 
     async def post(site: Site, client: Client) -> None:
         first, second = site.streams["t"]
@@ -385,8 +387,8 @@ async def test_lost_and_extra_do_not_hide_each_other(program: Path) -> None:
     assert (result["per_listener_min"], result["per_listener_max"]) == (2, 4)
 
 
-async def test_many_samples(program: Path) -> None:
-    """The latencies that are kept stand for all: here the slow ones are few, and the worst."""
+async def test_the_kept_latencies_represent_all_of_them(program: Path) -> None:
+    """Here the few slow ones are the maximum."""
 
     def wire(payload: bytes) -> list[bytes]:
         count = next(counter)
@@ -409,7 +411,7 @@ async def test_many_samples(program: Path) -> None:
     ("listeners", "tokens", "events", "delivered", "least", "most"),
     [(6, 3, 9, 18, 3, 3), (4, 3, 5, 7, 1, 2), (2, 3, 3, 2, 1, 1), (1, 2, 1, 1, 1, 1)],
 )
-async def test_tokens_spread(
+async def test_streams_and_publications_use_the_tokens_in_turn(
     program: Path,
     listeners: int,
     tokens: int,
@@ -418,7 +420,6 @@ async def test_tokens_spread(
     least: int,
     most: int,
 ) -> None:
-    """Streams and publications take the tokens in turn."""
     async with site_of(STYLES["whole"]) as site:
         result = await run(
             site,
@@ -437,8 +438,7 @@ async def test_tokens_spread(
     assert (result["per_listener_min"], result["per_listener_max"]) == (least, most)
 
 
-async def test_events_of_others(program: Path) -> None:
-    """Without a load, what comes until the end of the stay counts."""
+async def test_without_a_load_events_count_until_the_end_of_the_stay(program: Path) -> None:
     stream = [chunk(event(marker())) for _ in range(3)]
     async with Site(sending(CHUNKED, *stream, hold=True)) as site:
         result = await run(site, listen="/t", listeners=2, stay=0.3)
@@ -448,8 +448,8 @@ async def test_events_of_others(program: Path) -> None:
     assert result["publish_latency_ms"] is None
 
 
-async def test_large_events(built: Path) -> None:
-    """More than a socket takes at once, both ways."""
+async def test_events_that_exceed_the_socket_buffers_are_counted(built: Path) -> None:
+    """Both the publications and the deliveries are that large."""
     size = 12_000_000
     async with site_of(STYLES["whole"]) as site:
         result = await run(site, listen="/t", publish="/t", events=2, publishers=2, size=size)
@@ -521,10 +521,9 @@ BODIES: dict[str, Callable[[bytes], list[bytes]]] = {
 
 
 @pytest.mark.parametrize("send", BODIES.values(), ids=BODIES)
-async def test_a_replay_that_ends_too_early(
+async def test_a_replay_that_is_cut_off_counts_what_was_complete(
     program: Path, send: Callable[[bytes], list[bytes]]
 ) -> None:
-    """All that is dispatched counts, and what is cut off at the end does not."""
     async with Site(sending(*send(BODY + b"data: cut off\n"))) as site:
         result = await run(site, listen="/t", listeners=3, expect=TOTAL + 1)
     assert (result["opened"], result["closed_early"], result["malformed"]) == (3, 3, 0)
@@ -535,8 +534,8 @@ async def test_a_replay_that_ends_too_early(
     assert result["latency_ms"] is None
 
 
-async def test_a_replay_ends_when_all_have_it(program: Path) -> None:
-    """Nobody waits for streams that are held open, nor for those that are no streams."""
+async def test_a_replay_ends_when_every_stream_has_received_it(program: Path) -> None:
+    """The generator does not wait for open streams, nor for responses that are not streams."""
 
     async def get(site: Site, client: Client) -> None:
         if client.request.token == "1":
@@ -555,8 +554,7 @@ async def test_a_replay_ends_when_all_have_it(program: Path) -> None:
     assert (result["per_listener_min"], result["per_listener_max"]) == (0, TOTAL)
 
 
-async def test_a_stream_that_has_all_may_leave(program: Path) -> None:
-    """The others are still waited for."""
+async def test_a_complete_stream_may_close_before_the_others(program: Path) -> None:
     left = asyncio.Event()
 
     async def get(site: Site, client: Client) -> None:
@@ -576,8 +574,10 @@ async def test_a_stream_that_has_all_may_leave(program: Path) -> None:
     assert (result["delivered"], result["lost"], result["extra"]) == (2 * TOTAL, 0, 0)
 
 
-async def test_what_comes_after_the_load(torn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not count. The load is over at its first event, which is not read with others."""
+async def test_events_after_the_load_do_not_count(
+    torn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first such event ends the run. It is not read together with other events."""
     monkeypatch.setattr(load, "build", lambda: torn)
     async with Site(sending(CHUNKED, chunk(BODY), hold=True)) as site:
         result = await run(site, listen="/t", expect=1, stay=0.3)
@@ -588,8 +588,7 @@ async def test_what_comes_after_the_load(torn: Path, monkeypatch: pytest.MonkeyP
 # ---- Streams that go wrong
 
 
-async def test_other_statuses(program: Path) -> None:
-    """They are counted, the first one is named, and the others go on."""
+async def test_other_statuses_are_counted_and_the_first_is_named(program: Path) -> None:
     answers = [CHUNKED, NO_CONTENT, *(b"HTTP/1.1 %d No\r\n\r\nno" % n for n in (404, 503, 404))]
 
     async def get(site: Site, client: Client) -> None:
@@ -628,10 +627,10 @@ async def test_other_statuses(program: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("reset", [False, True])
-async def test_streams_that_close_early(
+async def test_a_stream_that_closes_early_is_counted_once(
     program: Path, sent: bytes, opened: int, reset: bool
 ) -> None:
-    """Wherever the close comes, it is counted once, and only of those that closed."""
+    """The close comes at any place of the stream."""
 
     async def get(site: Site, client: Client) -> None:
         if client.request.token == "1":
@@ -670,16 +669,16 @@ async def test_streams_that_close_early(
         (CHUNKED + b"0\r\n" + b"X: x\r\n" * 12_000, 1),
     ],
 )
-async def test_answers_that_are_no_http(program: Path, sent: bytes, opened: int) -> None:
-    """They are counted, and the connection is left."""
+async def test_responses_that_are_not_http_are_counted(
+    program: Path, sent: bytes, opened: int
+) -> None:
     async with Site(sending(sent, hold=True)) as site:
         result = await run(site, listen="/t", listeners=2, expect=1)
     assert (result["malformed"], result["closed_early"]) == (2, 2)
     assert (result["opened"], result["delivered"]) == (2 * opened, 0)
 
 
-async def test_nobody_listens(built: Path) -> None:
-    """A server that is not there is an error, not a result."""
+async def test_a_server_that_does_not_run_is_an_error(built: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -719,7 +718,7 @@ ANSWERS = {
 
 
 def closing(step: Step) -> Step:
-    """Play a step, and close the connection."""
+    """Run a step, and close the connection."""
 
     async def closing_step(site: Site, client: Client) -> None:
         await step(site, client)
@@ -729,8 +728,10 @@ def closing(step: Step) -> Step:
 
 
 @pytest.mark.parametrize(("answer", "closes"), ANSWERS.values(), ids=ANSWERS)
-async def test_answers_to_publications(program: Path, answer: bytes, closes: bool) -> None:
-    """Whatever says that it went well. Connections are kept where they can be."""
+async def test_every_kind_of_successful_response_to_a_publication_is_accepted(
+    program: Path, answer: bytes, closes: bool
+) -> None:
+    """Connections are kept where the response allows it."""
     post = publishing(STYLES["whole"].wire, answer)
     async with Site(listening(CHUNKED), closing(post) if closes else post) as site:
         result = await run(
@@ -761,8 +762,10 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(("answer", "closes"), FAILURES.values(), ids=FAILURES)
-async def test_publications_that_fail(program: Path, answer: bytes, closes: bool) -> None:
-    """Every second one does. It is expected by nobody, and the next one is published."""
+async def test_a_failed_publication_is_counted_and_the_next_one_is_sent(
+    program: Path, answer: bytes, closes: bool
+) -> None:
+    """Every second publication fails. No stream has to receive it."""
 
     async def post(site: Site, client: Client) -> None:
         if site.count("POST") % 2:
@@ -778,8 +781,8 @@ async def test_publications_that_fail(program: Path, answer: bytes, closes: bool
     assert result["malformed"] == (3 if b"no size" in answer else 0)
 
 
-async def test_a_publication_that_is_refused_unread(program: Path) -> None:
-    """The answer comes, or the connection breaks, while the request is still being sent."""
+async def test_a_publication_that_is_refused_while_it_is_sent_has_failed(program: Path) -> None:
+    """The response arrives, or the connection breaks, before the request is complete."""
     refusal = b"HTTP/1.1 413 Too Much\r\nContent-Length: 0\r\n\r\n"
 
     async def post(site: Site, client: Client) -> None:
@@ -792,24 +795,22 @@ async def test_a_publication_that_is_refused_unread(program: Path) -> None:
     assert site.count("POST") == 2
 
 
-async def test_a_connection_that_closes_between_publications(program: Path) -> None:
-    """That is no failure: nothing was on its way."""
+async def test_a_connection_closed_between_publications_is_not_a_failure(program: Path) -> None:
     async with Site(listening(CHUNKED), closing(sending(NO_CONTENT))) as site:
         result = await run(site, publish="/t", events=3, rate=4)
     assert (result["publish_ok"], result["publish_failed"]) == (3, 0)
     assert site.connections >= 3
 
 
-async def test_something_behind_an_answer(built: Path) -> None:
-    """The publication is answered; the connection is of no use any more."""
+async def test_a_connection_with_data_after_the_response_is_not_used_again(built: Path) -> None:
     async with site_of(STYLES["whole"], NO_CONTENT + b"and more") as site:
         result = await run(site, listen="/t", publish="/t", events=2, rate=10)
     assert (result["publish_ok"], result["delivered"], result["malformed"]) == (2, 2, 2)
     assert site.connections == 1 + 2
 
 
-async def test_what_is_sent(program: Path) -> None:
-    """The requests, as the server sees them."""
+async def test_the_requests_are_valid_http(program: Path) -> None:
+    """The server checks each of them."""
     async with site_of(STYLES["whole"]) as site:
         await run(
             site,
@@ -841,8 +842,7 @@ async def test_what_is_sent(program: Path) -> None:
 # ---- Time
 
 
-async def test_the_schedule_is_kept(program: Path) -> None:
-    """All publications are made; the last one is not before its time."""
+async def test_all_publications_are_made_and_the_last_not_before_its_time(program: Path) -> None:
     async with site_of(STYLES["whole"]) as site:
         result = await run(
             site, listen="/t", publish="/t", events=40, rate=200, publishers=2, listeners=2
@@ -852,8 +852,7 @@ async def test_the_schedule_is_kept(program: Path) -> None:
     assert result["late_ms"] >= 0
 
 
-async def test_the_schedule_is_never_ahead(program: Path) -> None:
-    """Not more is published than was due when the time was over."""
+async def test_no_publication_is_made_before_it_is_due(program: Path) -> None:
     async with site_of(STYLES["whole"]) as site:
         result = await run(
             site, listen="/t", publish="/t", events=1000, rate=10, timeout=1, timed_out=True
@@ -862,8 +861,7 @@ async def test_the_schedule_is_never_ahead(program: Path) -> None:
     assert result["published"] == site.count("POST")
 
 
-async def test_the_schedule_does_not_drift(program: Path) -> None:
-    """A server that stops for a second has all that was due in it when it goes on."""
+async def test_overdue_publications_are_made_after_a_pause_of_the_server(program: Path) -> None:
 
     async def post(site: Site, client: Client) -> None:
         if site.count("POST") == 1:
@@ -879,8 +877,7 @@ async def test_the_schedule_does_not_drift(program: Path) -> None:
     assert result["late_ms"] >= 900
 
 
-async def test_rest_before_publishing(program: Path) -> None:
-    """Nothing is published while the streams rest."""
+async def test_nothing_is_published_while_the_streams_rest(program: Path) -> None:
     async with site_of(STYLES["whole"]) as site:
         result = await run(site, listen="/t", publish="/t", idle=0.3)
     get, post = site.requests
@@ -888,8 +885,8 @@ async def test_rest_before_publishing(program: Path) -> None:
     assert result["delivered"] == 1
 
 
-async def test_the_end_comes_anyway(program: Path) -> None:
-    """Streams that never open, events that never come, publications that are never answered."""
+async def test_a_run_ends_at_its_time_limit(program: Path) -> None:
+    """Streams never open, events never arrive, or publications are never responded to."""
     hanging = sending(hold=True)
     async with Site(hanging) as site:
         result = await run(site, listen="/t", listeners=2, timeout=0.3, timed_out=True)
@@ -904,8 +901,8 @@ async def test_the_end_comes_anyway(program: Path) -> None:
         assert (result["published"], result["publish_ok"], result["publish_failed"]) == (3, 0, 0)
 
 
-async def test_a_few_are_opened_at_once(program: Path) -> None:
-    """Never more than was said, and not fewer where there are enough."""
+async def test_as_many_streams_as_allowed_are_opened_at_once(program: Path) -> None:
+    """Not more, and not fewer while there are enough."""
     pending: list[asyncio.Event] = []
     most = 0
 
@@ -933,10 +930,10 @@ async def test_a_few_are_opened_at_once(program: Path) -> None:
 
 
 @pytest.mark.parametrize("clock", ["process", "stat"])
-async def test_cpu_and_memory(
+async def test_cpu_time_and_memory_of_the_server_are_measured(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: str
 ) -> None:
-    """Of this process, which serves. Both clocks say the same, but for their steps."""
+    """The server is this process. Both clocks agree within their resolution."""
     if clock == "stat":
         program = load.compile_to(tmp_path / "sseload", "-DNO_CPU_CLOCK")
         monkeypatch.setattr(load, "build", lambda: program)
@@ -974,8 +971,7 @@ async def test_cpu_and_memory(
     assert result["fds"] > 20
 
 
-async def test_nothing_is_measured_without_a_process(program: Path) -> None:
-    """What is not known is null, and not zero."""
+async def test_figures_without_a_process_are_null(program: Path) -> None:
     async with site_of(STYLES["whole"]) as site:
         result = await run(site, listen="/t", publish="/t")
     for name in (
@@ -999,10 +995,9 @@ async def test_nothing_is_measured_without_a_process(program: Path) -> None:
 
 
 @pytest.mark.usefixtures("built")  # Skips the test where there is no compiler.
-async def test_a_machine_that_does_not_count_instructions(
+async def test_a_machine_without_an_instruction_counter_has_the_other_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then there is no figure; the others are there."""
     program = load.compile_to(tmp_path / "sseload", "-DNO_INSTRUCTIONS")
     monkeypatch.setattr(load, "build", lambda: program)
     async with site_of(STYLES["whole"]) as site:
@@ -1012,8 +1007,8 @@ async def test_a_machine_that_does_not_count_instructions(
     assert result["cpu_us_per_delivery"] >= 0
 
 
-async def test_a_process_that_goes_away(program: Path) -> None:
-    """It is counted, and its memory is not known; the run goes on."""
+async def test_a_process_that_ends_is_counted_and_the_run_continues(program: Path) -> None:
+    """Its memory is null."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 
     async def get(site: Site, client: Client) -> None:
@@ -1034,7 +1029,7 @@ async def test_a_process_that_goes_away(program: Path) -> None:
 
 
 async def mixed_get(site: Site, client: Client) -> None:
-    """Open a stream in the style of its number; the last three go wrong."""
+    """Open a stream in the style of its number. The last three fail."""
     number = int(client.request.token)
     if number < len(STYLES):
         await listening(list(STYLES.values())[number].head)(site, client)
@@ -1047,7 +1042,7 @@ async def mixed_get(site: Site, client: Client) -> None:
 
 
 async def mixed_post(site: Site, client: Client) -> None:
-    """Publish in the style of the streams; the answers take turns, and some are failures."""
+    """Publish in the style of the streams. The responses take turns, and some are failures."""
     number = int(client.request.token)
     turn = site.count("POST")
     if turn % 7 == 0:
@@ -1062,10 +1057,10 @@ async def mixed_post(site: Site, client: Client) -> None:
     await publishing(style.wire, answer)(site, client)
 
 
-async def test_a_mixed_load_with_sanitizers(
+async def test_a_mixed_load_causes_no_memory_error(
     sanitizer: list[str], torn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything at once, with a program that ends at its first memory error."""
+    """The program ends at its first memory error."""
     if not sanitizer:
         pytest.skip("the compiler has no sanitizers that work here")
     monkeypatch.setattr(load, "build", lambda: torn)
@@ -1148,8 +1143,10 @@ RIGHT = ["--port=1", "--listen=/t"]
         ([*RIGHT, "more"], "'more'"),
     ],
 )
-def test_wrong_options(program: Path, options: list[str], says: str) -> None:
-    """One line says what is wrong, and nothing is done."""
+def test_a_wrong_option_is_reported_in_one_line(
+    program: Path, options: list[str], says: str
+) -> None:
+    """The program sends no request."""
     done = subprocess.run(
         [program, *options], capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
@@ -1161,7 +1158,7 @@ def test_wrong_options(program: Path, options: list[str], says: str) -> None:
 
 
 def test_help_names_every_option(program: Path) -> None:
-    """Those of the tests at least, and a defective one is not among them."""
+    """The options that tests use are named, and those of test builds are not."""
     done = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, done.stderr) == (0, "")
     named = set(re.findall(r"^  --([a-z-]+) ", done.stdout, re.MULTILINE))
@@ -1174,16 +1171,15 @@ def test_help_names_every_option(program: Path) -> None:
 # ---- load.py
 
 
-def test_arguments() -> None:
-    """Names get dashes, lists repeat, and None is left out."""
+def test_names_become_options_and_lists_repeat_them() -> None:
+    """None leaves an option out."""
     given = load.arguments({"port": 1, "at_once": 2, "pid": [3, 4], "rate": 0.5, "header": None})
     assert given == ["--port=1", "--at-once=2", "--pid=3", "--pid=4", "--rate=0.5"]
     assert load.arguments({"header": ("A: b", "C: d")}) == ["--header=A: b", "--header=C: d"]
     assert load.arguments({"pid": []}) == []
 
 
-def test_a_run_that_fails_says_why(built: Path) -> None:
-    """What the program said is what the error says."""
+def test_the_error_of_a_failed_run_contains_the_output_of_the_program(built: Path) -> None:
     with pytest.raises(load.LoadError, match=r"^sseload: --port is needed$"):
         load.run(listen="/t")
 
@@ -1194,8 +1190,9 @@ def script(path: Path, code: str) -> Path:
     return path
 
 
-def test_a_program_that_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that says nothing, and one that does not end."""
+def test_a_program_that_prints_nothing_or_hangs_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(load, "build", lambda: script(tmp_path / "dies", "exit 9"))
     with pytest.raises(load.LoadError, match="status 9"):
         load.run(port=1)
@@ -1205,8 +1202,9 @@ def test_a_program_that_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load.run(timeout=0.1)
 
 
-def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said that one is needed, and where it was looked for."""
+def test_a_missing_compiler_is_an_error_that_names_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(load, "CACHE", tmp_path / "build")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -1219,7 +1217,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let ``load.build`` make a program that is made in no time; give its source."""
+    """Let ``load.build`` compile a tiny program; return its source."""
     source = tmp_path / "sseload.c"
     source.write_text("int main(void) { return 7; }\n")
     monkeypatch.setattr(load, "SOURCE", source)
@@ -1228,13 +1226,13 @@ def small(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def made(path: Path) -> tuple[int, int]:
-    """What tells a file from one that has taken its place, and runs."""
+    """Return what identifies a file and its version, after running it."""
     status = subprocess.run([path], check=False).returncode
     return path.stat().st_ino, status
 
 
-def test_it_is_built_once(small: Path) -> None:
-    """And again when its source is another one, older or newer."""
+def test_the_program_is_built_again_only_for_another_source(small: Path) -> None:
+    """The other source may be older or newer."""
     program = load.build()
     first = made(program)
     assert first[1] == 7
@@ -1247,8 +1245,9 @@ def test_it_is_built_once(small: Path) -> None:
     assert (program.parent / ".gitignore").read_text() == "*\n"
 
 
-def test_a_source_that_does_not_compile(small: Path) -> None:
-    """The error is the compiler's, and what was there before stays."""
+def test_a_failed_build_keeps_the_program_and_reports_the_error_of_the_compiler(
+    small: Path,
+) -> None:
     program = load.build()
     before = made(program)
     small.write_text("int main(void) { return no_such_thing; }\n")
@@ -1259,8 +1258,7 @@ def test_a_source_that_does_not_compile(small: Path) -> None:
     assert sorted(path.name for path in program.parent.iterdir()) == [".gitignore", "sseload"]
 
 
-def test_it_is_built_by_several_at_once(small: Path) -> None:
-    """Nobody gets one that is half made."""
+def test_parallel_builds_never_return_an_incomplete_program(small: Path) -> None:
 
     def build(_: int) -> int:
         return made(load.build())[1]
@@ -1271,10 +1269,10 @@ def test_it_is_built_by_several_at_once(small: Path) -> None:
     assert names == [".gitignore", "sseload"]
 
 
-def test_the_compiler_that_was_asked_for(
+def test_cc_may_contain_arguments(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``$CC`` may have arguments."""
+    """``CC`` is the environment variable."""
     real = shutil.which(load.compiler()[0])
     wrapper = script(tmp_path / "wrapper", f'touch "{tmp_path}/asked$1"; shift; {real} "$@"')
     monkeypatch.setenv("CC", f"{wrapper} -me")
@@ -1282,6 +1280,6 @@ def test_the_compiler_that_was_asked_for(
     assert (tmp_path / "asked-me").exists()
 
 
-def test_the_source_has_no_warnings(built: Path, tmp_path: Path) -> None:
-    """The compiler has nothing to say, though it was asked to say more."""
+def test_the_source_compiles_without_warnings(built: Path, tmp_path: Path) -> None:
+    """The compiler is run with more warnings than in a build."""
     load.compile_to(tmp_path / "sseload", "-Werror", "-Wshadow", "-Wconversion", "-pedantic")

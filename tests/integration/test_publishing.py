@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,47 +21,33 @@ from django.test import TestCase
 
 import django_eventsource
 from django_eventsource import apublish, apublish_many, publish, publish_many, publishing
+from django_eventsource.delivery import notifier as notifications
+from django_eventsource.delivery.hub import get_hub
+from django_eventsource.delivery.layer import group_name
+from django_eventsource.delivery.notifier import notifier
 from django_eventsource.events import Event, EventId, JSONIdEvent, StringEvent
 from django_eventsource.exceptions import DeliveryFailed, InvalidToken, UnknownAction
-from django_eventsource.frames import Decoder
-from django_eventsource.history import Draft, Entry, get_history
-from django_eventsource.history import base as history_base
-from django_eventsource.hub import get_hub
-from django_eventsource.layers import MESSAGE_TYPE
+from django_eventsource.history import Draft, Entry, get_history, records
 from django_eventsource.models import PendingEvent, StoredEvent
+from django_eventsource.protocol.batches import Batch
+from django_eventsource.protocol.cursors import parse_cursor
+from django_eventsource.protocol.frames import Decoder
+from django_eventsource.protocol.messages import MESSAGE_TYPE, decode
 from django_eventsource.publishing import LOOP_BYTES, apublish_posted
 from django_eventsource.signals import event_published
-from django_eventsource.streams import EventStream
-from django_eventsource.tokens import group_name
-from tests.histories import texts
-from tests.processes import run_python
+from django_eventsource.streaming.stream import EventStream
+from tests.support.events import texts
+from tests.support.layers import RecordingLayer
+from tests.support.processes import run_python
 
 real_commits = pytest.mark.django_db(transaction=True)
 
 
-class SharedLayer:
-    """Stands for a layer that other processes hear; it can fail and hang when told."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[str, dict[str, Any]]] = []
-        self.error: BaseException | None = None
-        self.hang = False
-        self.tried = 0
-
-    async def group_send(self, group: str, message: dict[str, Any]) -> None:
-        self.tried += 1
-        if self.hang:
-            await asyncio.Event().wait()
-        if self.error is not None:
-            raise self.error
-        self.sent.append((group, message))
-
-
 @pytest.fixture
-def layer(settings) -> SharedLayer:
-    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_publishing.SharedLayer"}}
+def layer(settings) -> RecordingLayer:
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.support.layers.RecordingLayer"}}
     layer = get_channel_layer()
-    assert isinstance(layer, SharedLayer)
+    assert isinstance(layer, RecordingLayer)
     return layer
 
 
@@ -71,58 +60,66 @@ def stored(token: str = "t") -> list[str]:
 # What is published
 
 
-def test_the_public_names() -> None:
-    """The package gives its two verbs."""
-    assert django_eventsource.__all__ == [
-        "aclose_streams",
-        "alisteners",
-        "apublish",
-        "apublish_many",
-        "close_streams",
-        "listeners",
-        "publish",
-        "publish_many",
-    ]
+def test_the_package_exports_functions_and_their_awaitable_pairs() -> None:
+    names = django_eventsource.__all__
+    assert names == sorted(names)
+    blocking = [name for name in names if f"a{name}" in names]
+    # A production is a task of an event loop. start_production() is for synchronous code.
+    # publish_changes() is called when the models are loaded.
+    alone = ["produce", "publish_changes"]
+    assert sorted([*blocking, *(f"a{name}" for name in blocking), *alone]) == names
+    plain = [*blocking, "publish_changes", "atrack"]  # atrack() returns an asynchronous generator
+    for name in names:
+        function = getattr(django_eventsource, name)
+        assert inspect.iscoroutinefunction(function) == (name not in plain)
 
 
 @real_commits
-def test_publish_stores_and_sends(layer: SharedLayer) -> None:
-    """A durable event goes to the history, then its frame to the layer, and has its id."""
+def test_a_durable_event_is_stored_and_sent_and_has_its_id(layer: RecordingLayer) -> None:
+    before = time.time()
     event = publish("t", "ping", "a\nb")
     assert stored() == ["a\nb"]
     ((group, message),) = layer.sent
     assert group == group_name("t")
+    assert before <= message.pop("published") <= time.time()
     assert message == {
         "type": MESSAGE_TYPE,
         "group": group,
         "seq": int(event.id),
-        "finish": False,
+        "closes": False,
         "frames": [f"id: {event.id}\nevent: ping\ndata: a\ndata: b\n\n".encode()],
     }
 
 
-def test_publish_live_only(layer: SharedLayer, memory_history: Any) -> None:
-    """A live-only event is sent and not stored."""
+def test_a_live_only_event_is_sent_and_not_stored(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
     event = publish("t", "close", "bye", StringEvent)
     assert event.id is None
     ((_, message),) = layer.sent
-    assert (message["seq"], message["finish"]) == (None, True)
+    assert (message["seq"], message["closes"]) == (None, True)
     assert message["frames"] == [b"event: close\ndata: bye\n\n"]
-    assert not memory_history.heads(["t"])["t"].life
+    assert not memory_history.heads(["t"])["t"].has_epoch
 
 
-def test_classes_may_be_mixed(layer: SharedLayer, memory_history: Any) -> None:
-    """Each event of a token keeps its own class's guarantee."""
+def test_each_event_of_a_token_keeps_the_guarantee_of_its_class(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
     one = publish("t", "ping", "1")
     publish("t", "ping", "2", StringEvent)
     three = publish("t", "ping", {"n": 3}, JSONIdEvent)
     assert int(three.id) == int(one.id) + 1
-    assert texts(memory_history.read("t", int(one.id)).entries) == ['{"n": 3}']
-    assert [message["seq"] for _, message in layer.sent] == [int(one.id), None, int(three.id)]
+    assert texts(memory_history.read("t", int(one.id)).entries) == ['{"n":3}']
+    # A live-only event may overtake a durable one, whose publisher does not wait for the layer.
+    frames = b"".join(frame for _, message in layer.sent for frame in message["frames"])
+    sent = Decoder().feed(frames)
+    assert sorted(event.data for event in sent) == ["1", "2", '{"n":3}']
+    assert [event.id for event in sent if event.data != "2"] == [one.id, three.id]
 
 
-def test_an_own_id_is_the_one_that_is_sent(layer: SharedLayer, memory_history: Any) -> None:
-    """The returned event's computed id is the one that listeners get."""
+def test_the_returned_event_has_the_own_id_that_is_sent(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
 
     class Counted(Event):
         ACTIONS = ["ping"]
@@ -137,11 +134,12 @@ def test_an_own_id_is_the_one_that_is_sent(layer: SharedLayer, memory_history: A
     assert event.id == "own-1"
     ((_, message),) = layer.sent
     assert message["frames"][0].startswith(b"id: own-1\n")
-    assert memory_history.locate("t", "own-1").known
+    assert memory_history.locate("t", parse_cursor("own-1")).known
 
 
-def test_a_number_as_own_id(layer: SharedLayer, memory_history: Any) -> None:
-    """An id that is no text is sent as its text."""
+def test_an_own_id_that_is_a_number_is_sent_as_text(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
 
     class Numbered(Event):
         ACTIONS = ["ping"]
@@ -151,8 +149,7 @@ def test_a_number_as_own_id(layer: SharedLayer, memory_history: Any) -> None:
     assert layer.sent[0][1]["frames"][0].startswith(b"id: 7\n")
 
 
-def test_default_value_is_empty(layer: SharedLayer, memory_history: Any) -> None:
-    """A value is not needed."""
+def test_the_default_value_is_empty(layer: RecordingLayer, memory_history: Any) -> None:
     publish("t", "close")
     assert layer.sent[0][1]["frames"][0].endswith(b"event: close\ndata: \n\n")
 
@@ -173,18 +170,17 @@ def test_default_value_is_empty(layer: SharedLayer, memory_history: Any) -> None
         (("t", "ping", "{", JSONIdEvent), ValueError, "not JSON"),
     ],
 )
-def test_bad_input_publishes_nothing(
-    layer: SharedLayer, memory_history: Any, arguments: Any, error: Any, message: str
+def test_invalid_arguments_raise_and_publish_nothing(
+    layer: RecordingLayer, memory_history: Any, arguments: Any, error: Any, message: str
 ) -> None:
-    """What is wrong is said, and nothing was published."""
     with pytest.raises(error, match=message):
         publish(*arguments)
     assert layer.sent == []
-    assert not memory_history.heads(["t"])["t"].life
+    assert not memory_history.heads(["t"])["t"].has_epoch
 
 
-def test_a_class_that_lists_reset_is_refused(memory_history: Any) -> None:
-    """The reserved action is not for users."""
+def test_a_class_whose_actions_contain_reset_is_refused(memory_history: Any) -> None:
+    """The action is reserved."""
 
     class Bad(EventId):
         ACTIONS = ["reset"]
@@ -197,8 +193,8 @@ def test_a_class_that_lists_reset_is_refused(memory_history: Any) -> None:
 
 
 @real_commits
-def test_a_commit_publishes(layer: SharedLayer) -> None:
-    """Inside a transaction the id is unknown and nothing is sent; after it both are there."""
+def test_a_commit_publishes_the_event(layer: RecordingLayer) -> None:
+    """Before the commit the event has no id, and nothing is sent."""
     with transaction.atomic():
         event = publish("t", "ping", "a")
         assert event.id is None
@@ -209,8 +205,7 @@ def test_a_commit_publishes(layer: SharedLayer) -> None:
 
 
 @real_commits
-def test_a_rollback_publishes_nothing(layer: SharedLayer) -> None:
-    """Neither a durable nor a live-only event leaves a rolled back transaction."""
+def test_a_rollback_publishes_nothing(layer: RecordingLayer) -> None:
     with pytest.raises(RuntimeError), transaction.atomic():
         durable = publish("t", "ping", "a")
         publish("t", "ping", "b", StringEvent)
@@ -220,8 +215,8 @@ def test_a_rollback_publishes_nothing(layer: SharedLayer) -> None:
 
 
 @real_commits
-def test_a_rolled_back_savepoint_publishes_nothing(layer: SharedLayer) -> None:
-    """Of nested transactions only what commits is published, in order."""
+def test_a_rolled_back_savepoint_publishes_nothing(layer: RecordingLayer) -> None:
+    """The events of the other savepoints are published in order."""
     with transaction.atomic():
         publish("t", "ping", "a")
         with pytest.raises(RuntimeError), transaction.atomic():
@@ -230,24 +225,25 @@ def test_a_rolled_back_savepoint_publishes_nothing(layer: SharedLayer) -> None:
         with transaction.atomic():
             publish("t", "ping", "c")
     assert stored() == ["a", "c"]
-    assert [message["seq"] is not None for _, message in layer.sent] == [True, True]
+    assert [text for _, text in data(layer)] == ["a", "c"]
 
 
 @real_commits
-def test_a_memory_history_waits_for_the_commit(layer: SharedLayer, memory_history: Any) -> None:
-    """A history without transactions is appended to on commit."""
+def test_a_history_outside_of_the_database_is_appended_to_at_the_commit(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
     with pytest.raises(RuntimeError), transaction.atomic():
         publish("t", "ping", "a")
         raise RuntimeError
     with transaction.atomic():
         event = publish("t", "ping", "b")
-        assert not memory_history.heads(["t"])["t"].life
+        assert not memory_history.heads(["t"])["t"].has_epoch
     assert memory_history.heads(["t"])["t"].seq == int(event.id)
 
 
 @real_commits
-def test_a_live_only_event_waits_for_the_commit(layer: SharedLayer) -> None:
-    """It is sent after the commit, and a failure then reaches nobody's data."""
+def test_a_live_only_event_is_sent_after_the_commit(layer: RecordingLayer) -> None:
+    """A failure of the send is not raised."""
     with transaction.atomic():
         publish("t", "ping", "a", StringEvent)
         assert layer.sent == []
@@ -262,7 +258,7 @@ def test_a_live_only_event_waits_for_the_commit(layer: SharedLayer) -> None:
 
 @real_commits
 def test_a_commit_is_published_even_if_the_process_dies_right_after_it() -> None:
-    """The outbox is part of the transaction; whoever looks next publishes."""
+    """The history check of another process finds the event."""
     run_python(
         """
 import os
@@ -274,49 +270,37 @@ with transaction.atomic():
 raise SystemExit("it lived")
 """
     )
-    assert PendingEvent.objects.count() == 1
-    get_history().heads([])
     assert stored() == ["a"]
+    assert get_history().heads(["t"])["t"].seq == StoredEvent.objects.get().seq
 
 
 @real_commits
-def test_a_failure_after_the_commit_is_not_the_callers(
-    layer: SharedLayer, monkeypatch: pytest.MonkeyPatch
+def test_a_failure_of_the_history_after_the_commit_is_not_raised(
+    layer: RecordingLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A history that fails after COMMIT neither raises nor stops other hooks, nor loses."""
+    """Other hooks run."""
     done = []
-    history = get_history()
-    with monkeypatch.context() as patch:
-        patch.setattr(history, "_settle", lambda *args, **kwargs: 1 / 0)
-        with transaction.atomic():
-            publish("t", "ping", "a")
-            transaction.on_commit(lambda: done.append(1))
-    assert done == [1]
-    assert stored() == []
-    history.heads([])
-    assert stored() == ["a"]
-
-
-@real_commits
-def test_an_event_that_was_settled_and_trimmed_meanwhile(layer: SharedLayer) -> None:
-    """If others were so fast that it is gone again, its publisher has nothing to send."""
-    history = get_history()
-    history.max_events = 1
+    monkeypatch.setattr(get_history(), "stage", lambda *args: lambda: 1 / 0)
     with transaction.atomic():
         event = publish("t", "ping", "a")
-        hook = connection.run_on_commit.pop()
-    history.heads([])
-    publish("t", "ping", "b")
-    publish("t", "ping", "c")
-    history.prune()
-    hook[1]()
-    assert event.id is None
-    assert len(layer.sent) == 2
+        transaction.on_commit(lambda: done.append(1))
+    assert done == [1]
+    assert (event.id, layer.sent) == (None, [])
 
 
 @real_commits
-def test_a_transaction_by_hand_is_refused(layer: SharedLayer) -> None:
-    """Where nobody can tell when the commit comes, nothing is published."""
+def test_an_event_that_was_trimmed_before_its_publisher_sends_is_not_sent(
+    layer: RecordingLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_history(), "stage", lambda *args: lambda: [None])
+    with transaction.atomic():
+        event = publish("t", "ping", "a")
+    assert (event.id, layer.sent) == (None, [])
+
+
+@real_commits
+def test_a_transaction_that_is_managed_by_hand_is_refused(layer: RecordingLayer) -> None:
+    """Its commit cannot be detected."""
     publish("t", "ping", "before")
     transaction.set_autocommit(False)
     try:
@@ -336,7 +320,7 @@ def test_a_transaction_by_hand_is_refused(layer: SharedLayer) -> None:
 
 
 def test_a_database_without_autocommit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for a connection that is configured so and not open yet."""
+    """Also if its connection is not open yet."""
     connection.close()
     monkeypatch.setitem(connection.settings_dict, "AUTOCOMMIT", False)
     with pytest.raises(transaction.TransactionManagementError, match="autocommit is off"):
@@ -359,8 +343,7 @@ class InATestCase(TestCase):
 
 
 @real_commits
-async def test_publish_from_async_code(layer: SharedLayer) -> None:
-    """apublish is awaited; publish says so where it would block the loop."""
+async def test_publish_raises_on_the_loop_and_apublish_is_awaited(layer: RecordingLayer) -> None:
     event = await apublish("t", "ping", "a")
     assert event.id
     with pytest.raises(SynchronousOnlyOperation, match="await apublish"):
@@ -369,18 +352,17 @@ async def test_publish_from_async_code(layer: SharedLayer) -> None:
     await sync_to_async(lambda: connection.close())()
 
 
-async def test_publish_in_a_notebook(
-    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+async def test_publish_works_on_a_loop_if_django_allows_it(
+    layer: RecordingLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With DJANGO_ALLOW_ASYNC_UNSAFE, as notebooks set it, publish works on a loop's thread."""
+    """Notebooks set DJANGO_ALLOW_ASYNC_UNSAFE."""
     monkeypatch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "true")
     publish("t", "ping", "a")
     assert len(layer.sent) == 1
 
 
 @real_commits
-def test_publish_from_threads(layer: SharedLayer) -> None:
-    """Every thread can publish."""
+def test_every_thread_can_publish(layer: RecordingLayer) -> None:
 
     def work() -> None:
         publish("t", "ping", "a")
@@ -391,37 +373,40 @@ def test_publish_from_threads(layer: SharedLayer) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({message["seq"] for _, message in layer.sent}) == 5
+    batches = [decoded[1] for _, message in layer.sent if (decoded := decode(message))]
+    assert len({seq for batch in batches for seq in batch.seqs or ()}) == 5
 
 
 @real_commits
-def test_publish_from_a_shell() -> None:
-    """A process without streams publishes too."""
+def test_a_process_without_streams_can_publish() -> None:
     out = run_python("from django_eventsource import publish\nprint(publish('t', 'ping', 'a').id)")
     assert out.strip() == str(StoredEvent.objects.get().seq)
 
 
-def delivered() -> list[dict[str, Any]]:
-    """What publishers hand to this loop's hub, which seems to have a listener of each token."""
-    hub = get_hub()
-    got: list[dict[str, Any]] = []
-    hub.listens_to = lambda group: True  # type: ignore[method-assign]
-    hub.deliver = got.extend  # type: ignore[method-assign]
+def delivered() -> list[tuple[str, Batch]]:
+    """Return the list of what publishers deliver to this loop's hub."""
+    got: list[tuple[str, Batch]] = []
+
+    def deliver(group: str, batches: Sequence[Batch]) -> None:
+        got.extend((group, batch) for batch in batches)
+
+    get_hub().deliver = deliver  # type: ignore[method-assign]
+    get_hub().listens_to = lambda group: True  # type: ignore[method-assign]
     return got
 
 
-async def test_publish_reaches_the_hubs_of_this_process(memory_history: Any, settings) -> None:
-    """Every hub with a listener gets the event, from any thread."""
+async def test_publish_delivers_to_the_hubs_of_this_process(memory_history: Any, settings) -> None:
+    """From any thread."""
     settings.CHANNEL_LAYERS = {}
     got = delivered()
     event = await apublish("t", "ping", "a")
-    assert [(message["group"], message["seq"]) for message in got] == [
-        (group_name("t"), int(event.id))
-    ]
+    assert [(group, batch.first) for group, batch in got] == [(group_name("t"), int(event.id))]
 
 
-async def test_publish_with_a_configured_in_memory_layer(memory_history: Any, settings) -> None:
-    """The in-memory layer is not thread-safe: it is used through the hubs only."""
+async def test_a_configured_in_memory_layer_is_used_by_the_hubs_only(
+    memory_history: Any, settings
+) -> None:
+    """It is not thread-safe."""
     settings.CHANNEL_LAYERS = {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}
     layer = get_channel_layer()
     assert isinstance(layer, InMemoryChannelLayer)
@@ -433,39 +418,75 @@ async def test_publish_with_a_configured_in_memory_layer(memory_history: Any, se
 # A layer that fails
 
 
-def test_a_failing_layer_loses_no_durable_event(
-    layer: SharedLayer, memory_history: Any, caplog: pytest.LogCaptureFixture
+def test_a_failure_of_the_layer_is_logged_and_loses_no_durable_event(
+    layer: RecordingLayer, memory_history: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is stored: listeners find it at the next head check. That is logged."""
+    """Listeners receive the event at the next history check."""
     layer.error = ConnectionError("down")
     event = publish("t", "ping", "a")
     assert memory_history.heads(["t"])["t"].seq == int(event.id)
-    assert "The channel layer failed" in caplog.text
+    assert layer.sent == []
+    assert "Sending to the channel layer failed" in caplog.text
 
 
-def test_a_failing_layer_is_told_for_a_live_only_event(
-    layer: SharedLayer, memory_history: Any
+def test_a_failure_of_the_layer_is_raised_for_a_live_only_event(
+    layer: RecordingLayer, memory_history: Any
 ) -> None:
-    """Nobody else has it: the publisher must know."""
     layer.error = ConnectionError("down")
     with pytest.raises(DeliveryFailed, match="live only"):
         publish("t", "ping", "a", StringEvent)
 
 
-def test_a_hanging_layer_holds_nobody_up(
-    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_layer_that_cannot_be_made_is_logged_and_loses_no_durable_event(
+    settings, memory_history: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A publisher waits for the layer only so long."""
-    monkeypatch.setattr(publishing, "SEND_SECONDS", 0.01)
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "nowhere.Layer"}}
+    event = publish("t", "ping", "a")
+    assert memory_history.heads(["t"])["t"].seq == int(event.id)
+    assert "Sending to the channel layer failed" in caplog.text
+
+
+def test_a_durable_publish_does_not_wait_for_a_layer_that_hangs(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
     layer.hang = True
-    assert publish("t", "ping", "a").id
+    for _ in range(10):
+        assert publish("t", "ping", "a").id
+    assert not notifier.flush(0)
+
+
+def test_publishers_under_load_do_not_wait_for_a_layer_that_hangs(
+    layer: RecordingLayer, memory_history: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The notifier drops what does not fit into its queue. The history has all events."""
+    layer.hang = True
+    tokens = [f"t{n % 4}" for n in range(200)]
+    value = "x" * 64 * 1024
+    with ThreadPoolExecutor(max_workers=4) as executor:
+        events = list(executor.map(lambda token: publish(token, "ping", value), tokens))
+    assert layer._tried < len(events) / 4  # not one attempt for each event
+    assert not notifier.flush(0)
+    for token in set(tokens):
+        seqs = sorted(int(event.id) for event in events if event.token == token)
+        assert len(seqs) == 50
+        assert [
+            one.seq for one in memory_history.read(token, seqs[0] - 1, max_bytes=2**30).entries
+        ] == seqs
+    assert "The channel layer is slower than the publishers." in caplog.text
+
+
+def test_a_live_only_publish_waits_a_limited_time_for_a_layer_that_hangs(
+    layer: RecordingLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing.LayerSender, "send_seconds", 0.01)
+    layer.hang = True
     with pytest.raises(DeliveryFailed, match="TimeoutError"):
         publish("t", "ping", "a", StringEvent)
 
 
 @real_commits
-def test_a_cancelled_publisher_keeps_its_commit(layer: SharedLayer) -> None:
-    """Cancellation while sending stops neither other hooks nor the code after the commit."""
+def test_a_cancellation_while_sending_does_not_affect_the_commit(layer: RecordingLayer) -> None:
+    """Other hooks and the code after the commit run."""
     layer.error = asyncio.CancelledError()
     done = []
     with transaction.atomic():
@@ -480,8 +501,9 @@ def test_a_cancelled_publisher_keeps_its_commit(layer: SharedLayer) -> None:
 
 
 @real_commits
-def test_an_event_that_failed_is_not_told_of(layer: SharedLayer, memory_history: Any) -> None:
-    """event_published tells of what is published: not of a live-only event that was lost."""
+def test_no_signal_is_sent_for_a_live_only_event_that_was_lost(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
     got: list[Any] = []
 
     def receive(event: Event, **kwargs: Any) -> None:
@@ -499,10 +521,9 @@ def test_an_event_that_failed_is_not_told_of(layer: SharedLayer, memory_history:
         event_published.disconnect(receive)
 
 
-def test_a_coroutine_receiver_in_a_notebook(
-    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_coroutine_receiver_runs_although_publish_runs_on_a_loop(
+    layer: RecordingLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where publish() runs on a loop's thread, what receivers do is not the publisher's."""
     monkeypatch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "true")
     got: list[Event] = []
 
@@ -523,7 +544,7 @@ def test_a_coroutine_receiver_in_a_notebook(
 # Many at once
 
 
-def data(layer: SharedLayer) -> list[tuple[str, str]]:
+def data(layer: RecordingLayer) -> list[tuple[str, str]]:
     """The group and the data of all that was sent, frame by frame."""
     return [
         (group, frame.decode().partition("data: ")[2].strip())
@@ -534,8 +555,10 @@ def data(layer: SharedLayer) -> list[tuple[str, str]]:
 
 @real_commits
 @pytest.mark.parametrize("history", ["memory.MemoryHistory", "database.DatabaseHistory"])
-def test_publish_many(layer: SharedLayer, settings, history: str) -> None:
-    """Those of a token are consecutive and in their order, and go out in one message."""
+def test_publish_many_sends_the_events_of_a_token_in_one_message(
+    layer: RecordingLayer, settings, history: str
+) -> None:
+    """They have consecutive sequence numbers, in their order."""
     settings.EVENTSOURCE_HISTORY = {"BACKEND": f"django_eventsource.history.{history}"}
     items = [("t", "ping", "a"), ("u", "ping", "1"), ("t", "ping", "b"), ("t", "close", "bye")]
     events = publish_many(items)
@@ -547,30 +570,31 @@ def test_publish_many(layer: SharedLayer, settings, history: str) -> None:
     assert texts(get_history().read("t", numbers[0] - 1).entries) == ["a", "b", "bye"]
     assert texts(get_history().read("u", int(events[1].id) - 1).entries) == ["1"]
     (_, first), (_, second) = layer.sent
-    assert (first["seq"], first["finish"], len(first["frames"])) == (numbers[0], True, 3)
-    assert (second["seq"], second["finish"]) == (int(events[1].id), False)
+    assert (first["seq"], first["closes"], len(first["frames"])) == (numbers[0], True, 3)
+    assert (second["seq"], second["closes"]) == (int(events[1].id), False)
     assert first["frames"][1] == f"id: {numbers[1]}\nevent: ping\ndata: b\n\n".encode()
 
 
-def test_publish_many_of_nothing(layer: SharedLayer, memory_history: Any) -> None:
-    """Nothing happens."""
+def test_publish_many_without_items_does_nothing(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
     assert publish_many([]) == publish_many(iter([]), StringEvent) == []
     assert layer.sent == []
 
 
-def test_publish_many_live_only(layer: SharedLayer, memory_history: Any) -> None:
-    """A close ends a message: what follows it is for the listeners that come back."""
+def test_a_close_ends_a_message_of_publish_many(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
     items = [("t", "ping", "a"), ("t", "close", "b"), ("t", "ping", "c")]
     assert [event.id for event in publish_many(items, StringEvent)] == [None] * 3
-    sent = [(m["seq"], m["finish"], len(m["frames"])) for _, m in layer.sent]
+    sent = [(m["seq"], m["closes"], len(m["frames"])) for _, m in layer.sent]
     assert sent == [(None, True, 2), (None, False, 1)]
 
 
 @pytest.mark.parametrize("event_class", [StringEvent, None])
-async def test_a_prompt_reader_gets_many_as_they_come(
+async def test_a_fast_listener_receives_many_events_without_a_read_of_the_history(
     memory_history: Any, settings, monkeypatch: pytest.MonkeyPatch, event_class: type[Event] | None
 ) -> None:
-    """However many there are at once: it is not taken for a slow one, nor reads the history."""
     settings.CHANNEL_LAYERS = {}
     await apublish("t", "ping", "1", JSONIdEvent)  # a life has begun
     position = await get_history().alocate("t", None)
@@ -602,14 +626,14 @@ async def test_a_prompt_reader_gets_many_as_they_come(
 
 @pytest.mark.usefixtures("memory_history")
 @pytest.mark.parametrize("event_class", [None, StringEvent])
-def test_publish_many_is_cut_into_batches(
-    layer: SharedLayer, monkeypatch: pytest.MonkeyPatch, event_class: type[Event] | None
+def test_publish_many_is_split_by_number_and_size(
+    layer: RecordingLayer, monkeypatch: pytest.MonkeyPatch, event_class: type[Event] | None
 ) -> None:
-    """By number and by size; a message is not larger than is good for a broker."""
     monkeypatch.setattr(publishing, "BATCH_EVENTS", 4)
     monkeypatch.setattr(publishing, "BATCH_BYTES", 100)
     message_bytes = 70 if event_class else 130
-    monkeypatch.setattr(publishing, "MESSAGE_BYTES", message_bytes)
+    for module in (publishing, notifications):
+        monkeypatch.setattr(module, "MESSAGE_BYTES", message_bytes)
     appended: list[int] = []
     history = get_history()
     append = history.append
@@ -632,8 +656,10 @@ def test_publish_many_is_cut_into_batches(
 
 @pytest.mark.usefixtures("memory_history")
 @pytest.mark.parametrize("event_class", [None, StringEvent])
-def test_a_bad_item_publishes_nothing(layer: SharedLayer, event_class: type[Event] | None) -> None:
-    """The error names it."""
+def test_an_invalid_item_publishes_nothing(
+    layer: RecordingLayer, event_class: type[Event] | None
+) -> None:
+    """The error contains its index."""
     items = [("t", "ping", "a"), ("t", "nonsense", "b"), ("t", "ping", "c")]
     with pytest.raises(UnknownAction) as caught:
         publish_many(items, event_class)
@@ -642,7 +668,7 @@ def test_a_bad_item_publishes_nothing(layer: SharedLayer, event_class: type[Even
         publish_many([*items[:1], *items[2:], ("", "ping", "")], event_class)
     assert bad.value.__notes__ == ["It is item 2, counted from 0; nothing was published."]
     assert layer.sent == []
-    assert not get_history().heads(["t"])["t"].life
+    assert not get_history().heads(["t"])["t"].has_epoch
 
 
 @pytest.fixture
@@ -662,16 +688,18 @@ def fails(memory_history: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
 
 
 @pytest.mark.usefixtures("fails")
-def test_a_failure_among_many(layer: SharedLayer) -> None:
-    """The error says how many had been published."""
+def test_an_error_of_publish_many_contains_the_number_of_published_events(
+    layer: RecordingLayer,
+) -> None:
     with pytest.raises(ConnectionError, match="away") as caught:
         publish_many([("t", "ping", text) for text in "abcde"])
     assert caught.value.__notes__ == ["2 of 5 events had been published before."]
     assert [text for _, text in data(layer)] == ["a", "b"]
 
 
-def test_a_failure_among_many_tokens(layer: SharedLayer, fails: list[tuple[str, bytes]]) -> None:
-    """They are published token by token: the error says how far each came."""
+def test_an_error_of_publish_many_contains_the_number_for_each_token(
+    layer: RecordingLayer, fails: list[tuple[str, bytes]]
+) -> None:
     fails[:] = [("t7", b"c")]
     items = [(f"t{n}", "ping", text) for text in "abc" for n in range(9)]
     with pytest.raises(ConnectionError, match="away") as caught:
@@ -687,10 +715,9 @@ def test_a_failure_among_many_tokens(layer: SharedLayer, fails: list[tuple[str, 
 
 @real_commits
 @pytest.mark.parametrize("goes_on", [True, False])
-def test_a_failure_among_many_in_a_transaction(
-    layer: SharedLayer, monkeypatch: pytest.MonkeyPatch, goes_on: bool
+def test_an_error_of_publish_many_in_a_transaction_publishes_nothing(
+    layer: RecordingLayer, monkeypatch: pytest.MonkeyPatch, goes_on: bool
 ) -> None:
-    """None is published, whatever becomes of the transaction; and nothing else is said."""
     monkeypatch.setattr(publishing, "BATCH_EVENTS", 2)
     history = get_history()
     stage = history.stage
@@ -717,77 +744,47 @@ def test_a_failure_among_many_in_a_transaction(
     assert not PendingEvent.objects.exists()
 
 
-@pytest.mark.parametrize("event_class", [None, StringEvent])
-def test_a_layer_that_hangs_is_waited_for_once(
-    layer: SharedLayer,
-    memory_history: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    event_class: type[Event] | None,
+def test_a_live_only_publish_many_waits_once_for_a_layer_that_hangs(
+    layer: RecordingLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many batches and tokens there are: it is the publisher who waits."""
+    """Whatever the number of batches and tokens."""
     layer.hang = True
-    monkeypatch.setattr(publishing, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr(publishing.LayerSender, "send_seconds", 0.05)
     monkeypatch.setattr(publishing, "MESSAGE_BYTES", 100)
     items = [(f"t{n}", "ping", "x" * 200) for n in range(5) for _ in range(5)]
-    if event_class is None:
-        publish_many(items)
-        assert len(texts(get_history().read("t4", get_history().oldest("t4")).entries)) == 5
-    else:
-        with pytest.raises(DeliveryFailed):
-            publish_many(items, event_class)
+    with pytest.raises(DeliveryFailed):
+        publish_many(items, StringEvent)
     assert layer.tried == 1
 
 
-def test_a_slow_layer_is_waited_for_by_the_batch(
-    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not by the message: a batch that takes longer in all is left to the head check."""
-    send = layer.group_send
-
-    async def slow(group: str, message: dict[str, Any]) -> None:
-        await asyncio.sleep(0.2)
-        await send(group, message)
-
-    monkeypatch.setattr(layer, "group_send", slow)
-    monkeypatch.setattr(publishing, "SEND_SECONDS", 0.5)
-    monkeypatch.setattr(publishing, "MESSAGE_BYTES", 100)
-    publish_many([("t", "ping", "x" * 200)] * 10)
-    assert layer.tried < 3
-    assert len(texts(get_history().read("t", get_history().oldest("t")).entries)) == 10
-
-
 @real_commits
-@pytest.mark.parametrize("event_class", [None, StringEvent])
-def test_a_layer_that_hangs_is_waited_for_once_at_a_commit(
-    layer: SharedLayer, monkeypatch: pytest.MonkeyPatch, event_class: type[Event] | None
+def test_a_live_only_publish_many_waits_once_for_a_layer_that_hangs_at_the_commit(
+    layer: RecordingLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each batch has a hook of its own."""
     layer.hang = True
-    monkeypatch.setattr(publishing, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr(publishing.LayerSender, "send_seconds", 0.05)
     with transaction.atomic():
-        publish_many([(f"t{n}", "ping", "x") for n in range(5)], event_class)
+        publish_many([(f"t{n}", "ping", "x") for n in range(5)], StringEvent)
     assert layer.tried == 1
 
 
 @pytest.mark.usefixtures("memory_history")
 @pytest.mark.parametrize("event_class", [StringEvent, JSONIdEvent])
-async def test_a_post_takes_no_thread_where_nothing_blocks(
+async def test_a_post_is_published_on_the_loop_if_nothing_blocks(
     settings, monkeypatch: pytest.MonkeyPatch, event_class: type[Event]
 ) -> None:
-    """What receivers do may block: with one, it does."""
     settings.CHANNEL_LAYERS = {}
     monkeypatch.setattr(publishing, "sync_to_async", None)
     got = delivered()
     event = await apublish_posted("t", "ping", "1", event_class)
-    assert [message["frames"] for message in got] == [[Draft.of(event).frame(event._seq)]]
+    assert [batch.data for _, batch in got] == [Draft.of(event).frame(event._seq)]
     assert (event._seq is None) is (event_class is StringEvent)
     with pytest.raises(UnknownAction):
         await apublish_posted("t", "pong", "1", event_class)
 
 
 @pytest.mark.usefixtures("memory_history")
-async def test_a_post_takes_a_thread_where_something_may_block(settings) -> None:
-    """Receivers of the signal run in it."""
+async def test_a_post_is_published_in_a_thread_if_a_receiver_may_block(settings) -> None:
     settings.CHANNEL_LAYERS = {}
     threads: list[int] = []
 
@@ -808,10 +805,9 @@ async def test_a_post_takes_a_thread_where_something_may_block(settings) -> None
 async def test_a_large_post_is_checked_and_encoded_off_the_loop(
     settings, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """Other streams go on meanwhile. A small one is done before a thread would have begun."""
     settings.CHANNEL_LAYERS = {}
     threads: set[int] = set()
-    encode = history_base.encode_event
+    encode = records.encode_event
 
     def encode_event(*args: Any) -> bytes:
         threads.add(threading.get_ident())
@@ -826,7 +822,7 @@ async def test_a_large_post_is_checked_and_encoded_off_the_loop(
             threads.add(threading.get_ident())
             return super().get_value()
 
-    monkeypatch.setattr(history_base, "encode_event", encode_event)
+    monkeypatch.setattr(records, "encode_event", encode_event)
     event = await apublish_posted("t", "ping", json.dumps("x" * (size - 2)), Noted)
     assert int(event.id) == get_history().newest("t")[0]
     on_the_loop = threading.get_ident()
@@ -834,8 +830,9 @@ async def test_a_large_post_is_checked_and_encoded_off_the_loop(
     assert (on_the_loop in threads) == (size <= LOOP_BYTES)
 
 
-def test_many_live_only_events_that_failed(layer: SharedLayer, memory_history: Any) -> None:
-    """They are told of as one is."""
+def test_a_failure_of_many_live_only_events_is_raised_as_one_error(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
     layer.error = ConnectionError("broken")
     with pytest.raises(DeliveryFailed, match=r"^Some of 2 events for 't' .* never stored\."):
         publish_many([("t", "ping", "a"), ("t", "ping", "b")], StringEvent)
@@ -843,8 +840,9 @@ def test_many_live_only_events_that_failed(layer: SharedLayer, memory_history: A
 
 @real_commits
 @pytest.mark.parametrize("event_class", [None, StringEvent])
-def test_many_in_a_transaction(layer: SharedLayer, event_class: type[Event] | None) -> None:
-    """All of them at the commit, and none without one."""
+def test_publish_many_in_a_transaction_publishes_at_the_commit(
+    layer: RecordingLayer, event_class: type[Event] | None
+) -> None:
     items = [(token, "ping", str(n)) for n in range(700) for token in "tu"]
     with pytest.raises(RuntimeError), transaction.atomic():
         publish_many(items, event_class)
@@ -864,10 +862,10 @@ def test_many_in_a_transaction(layer: SharedLayer, event_class: type[Event] | No
     assert not PendingEvent.objects.exists()
 
 
-def test_numbers_that_others_took_in_between(
-    layer: SharedLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
+def test_events_without_consecutive_numbers_are_sent_in_several_messages(
+    layer: RecordingLayer, memory_history: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is not consecutive goes out in messages of its own; what was trimmed in none."""
+    """Trimmed events are not sent."""
     numbers = [5, 6, 8, None, 9]
 
     def append(token: str, drafts: Sequence[Draft]) -> list[Entry | None]:
@@ -881,8 +879,9 @@ def test_numbers_that_others_took_in_between(
 
 
 @real_commits
-async def test_publish_many_from_async_code(layer: SharedLayer) -> None:
-    """It is awaited; the plain one is refused on the loop's thread."""
+async def test_publish_many_raises_on_the_loop_and_apublish_many_is_awaited(
+    layer: RecordingLayer,
+) -> None:
     events = await apublish_many([("t", "ping", "a"), ("t", "ping", "b")])
     assert await sync_to_async(stored)() == ["a", "b"]
     assert int(events[1].id) == int(events[0].id) + 1
@@ -890,8 +889,9 @@ async def test_publish_many_from_async_code(layer: SharedLayer) -> None:
         publish_many([("t", "ping", "c")])
 
 
-def test_many_are_told_of_one_by_one(layer: SharedLayer, memory_history: Any) -> None:
-    """Each event is a signal."""
+def test_publish_many_sends_one_signal_for_each_event(
+    layer: RecordingLayer, memory_history: Any
+) -> None:
     heard: list[str] = []
 
     def hear(event: Event, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Real servers, real sockets: what only they can show."""
+"""Real servers: resources, restarts, and ordered delivery."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from django.conf import settings
 from django.db import connections
 
 from django_eventsource import publish
-from django_eventsource.frames import Decoder
 from django_eventsource.history import get_history
+from django_eventsource.protocol.frames import Decoder
 from django_eventsource.publishing import apublish
-from tests.listeners import HTTP11, Connection, Listener, comes_back_ms
-from tests.processes import DEADLINE, POSTGRES, ROOT, Server, environment, serve
+from tests.support.listeners import HTTP11, Connection, Listener, reconnection_ms
+from tests.support.processes import POSTGRES, ROOT, Server, environment, serve
+from tests.support.waiting import PROCESS_PATIENCE_SECONDS
 
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
 
@@ -34,13 +35,13 @@ OPEN = {"EVENTSOURCE_POLICY": "django_eventsource.policies.AllowAny"}
 
 
 def slow(*values: Any) -> Any:
-    """Make a case that need not run on every Python and Django."""
+    """Return a case that does not need every version of Python and Django."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 SERVERS = ["daphne", "uvicorn", *map(slow, ["hypercorn", "granian"])]
 PLAIN = [*map(slow, ["daphne plain", "uvicorn plain"])]
-"""Without the wrapper: streams are served inside of Django."""
+"""Without the wrapper, so that Django sends the streams."""
 
 
 @pytest.fixture(params=[*SERVERS, *PLAIN])
@@ -50,27 +51,26 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 
 def process_of(server: Server) -> psutil.Process:
-    """The process that serves: granian has it under one that looks after it."""
+    """Return the process that sends streams; with granian it is a child process."""
     assert server.process is not None
     process = psutil.Process(server.process.pid)
     return ([process, *process.children(recursive=True)])[-1]
 
 
 def database_handles(server: Server) -> int:
-    """How often the process has the test database's file open."""
+    """Return how often the process has the test database's file open."""
     name = settings.TEST_DIR / "test.sqlite3"
     return sum(Path(file.path) == name for file in process_of(server).open_files())
 
 
 async def until_idle(count: int, measure: object) -> None:
-    """Wait for what a finished request lets go of, which it does in another thread."""
-    async with asyncio.timeout(DEADLINE):
+    """Wait until another thread has released what a finished request used."""
+    async with asyncio.timeout(PROCESS_PATIENCE_SECONDS):
         while measure() > count:  # type: ignore[operator]
             await asyncio.sleep(0.05)
 
 
-async def test_streams_hold_no_thread_and_no_connection(server: Server) -> None:
-    """Two hundred open streams cost the threads and the database handles of one."""
+async def test_open_streams_use_no_thread_and_no_database_connection(server: Server) -> None:
     first = await Connection.open(server.address, "/events/poll/t")
     await first.read()
     threads = process_of(server).num_threads()
@@ -89,8 +89,7 @@ async def test_streams_hold_no_thread_and_no_connection(server: Server) -> None:
         stream.close()
 
 
-async def test_streams_hold_no_postgres_connection() -> None:
-    """The same where connections are dear."""
+async def test_open_streams_use_no_postgresql_connection() -> None:
     code = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'test_eventsource'"
 
     def count() -> int:
@@ -103,7 +102,7 @@ async def test_streams_hold_no_postgres_connection() -> None:
         streams = [await Connection.open(server.address, "/events/poll/t") for _ in range(50)]
         for stream in streams:
             await stream.read()
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(PROCESS_PATIENCE_SECONDS):
             while await sync_to_async(count)() > before + 2:
                 await asyncio.sleep(0.05)
         for stream in streams:
@@ -111,8 +110,8 @@ async def test_streams_hold_no_postgres_connection() -> None:
     await sync_to_async(lambda: connections["postgres"].close())()
 
 
-async def test_an_event_of_another_process_arrives(server: Server) -> None:
-    """Nothing but the database connects this process with the server."""
+async def test_an_event_of_another_process_is_delivered(server: Server) -> None:
+    """The processes share only the database."""
     connection = await Connection.open(server.address, "/events/poll/t")
     await connection.read()
     event = await apublish("t", "ping", "hello")
@@ -120,8 +119,7 @@ async def test_an_event_of_another_process_arrives(server: Server) -> None:
     connection.close()
 
 
-async def test_head_and_options_end(server: Server) -> None:
-    """Neither opens a stream: the connection ends."""
+async def test_head_and_options_open_no_stream(server: Server) -> None:
     for method in ("HEAD", "OPTIONS"):
         connection = await Connection.open(server.address, "/events/poll/t", method=method)
         assert connection.status == 200
@@ -139,28 +137,27 @@ async def test_head_and_options_end(server: Server) -> None:
         ("/events/poll/", 400),
     ],
 )
-async def test_tokens_in_paths(server: Server, path: str, status: int) -> None:
-    """Percent-encoded text of any kind is a token; bytes that are no UTF-8 are refused."""
+async def test_percent_encoded_tokens_are_accepted_and_invalid_utf_8_is_refused(
+    server: Server, path: str, status: int
+) -> None:
     connection = await Connection.open(server.address, path)
     assert connection.status == status
     connection.close()
 
 
-async def test_last_event_id_that_is_no_text(server: Server) -> None:
-    """Bytes that are no UTF-8 get 200 and reset."""
+async def test_a_last_event_id_of_invalid_utf_8_receives_reset(server: Server) -> None:
     reader, writer = await asyncio.open_connection(*server.address)
     writer.write(
         b"GET /events/poll/t HTTP/1.0\r\nHost: localhost\r\nLast-Event-ID: \xff\xfe\r\n\r\n"
     )
-    async with asyncio.timeout(DEADLINE):
+    async with asyncio.timeout(PROCESS_PATIENCE_SECONDS):
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.split()[1] == b"200"
         assert b"event: reset" in await reader.readuntil(b"\n\n")
     writer.transport.abort()
 
 
-async def test_disconnected_listeners_are_forgotten(server: Server) -> None:
-    """Whoever hangs up costs nothing any more."""
+async def test_disconnected_listeners_use_no_resources(server: Server) -> None:
     process = process_of(server)
     for _ in range(3):
         streams = [await Connection.open(server.address, "/events/poll/t") for _ in range(30)]
@@ -175,21 +172,21 @@ async def test_disconnected_listeners_are_forgotten(server: Server) -> None:
 
 
 def exit_status(kind: str, how: signal.Signals) -> int:
-    """What the server says when it leaves: uvicorn sends itself SIGTERM again."""
+    """The lines that a server logs when it ends: uvicorn sends itself SIGTERM again."""
     return -how if (kind, how) == ("uvicorn", signal.SIGTERM) else 0
 
 
 async def rest_of(connection: Connection) -> bytes:
-    """Read up to the end of the body."""
+    """Read to the end of the body."""
     body = b""
-    async with asyncio.timeout(DEADLINE):  # a stream that does not end has keepalives
+    async with asyncio.timeout(PROCESS_PATIENCE_SECONDS):  # an open stream has keepalives
         while chunk := await connection.read():
             body += chunk
     return body
 
 
 async def leave(server: Server, how: signal.Signals) -> tuple[int, float]:
-    """Send a signal, and give the exit status and the time that it took."""
+    """Send a signal, and return the exit status and the seconds until the end."""
     assert server.process is not None
     began = time.monotonic()
     server.process.send_signal(how)
@@ -199,14 +196,16 @@ async def leave(server: Server, how: signal.Signals) -> tuple[int, float]:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_server_leaves_well_with_open_streams(kind: str, how: signal.Signals) -> None:
-    """Every stream ends within a second, whole; the process goes, and says nothing of it."""
+async def test_a_server_ends_with_open_streams_within_a_second_and_logs_nothing(
+    kind: str, how: signal.Signals
+) -> None:
     with serve(kind, **OPEN) as server:
         streams = [await Connection.open(server.address, f"/events/poll/{n}") for n in range(5)]
-        # HTTP/1.1 tells a body that is whole from one that was torn off.
+        # HTTP/1.1 marks the end of a complete body.
         whole = await HTTP11.open(server.address, "/events/poll/0")
         for stream in streams:
             await stream.read()
+        await whole.chunk()
         await apublish("0", "ping", "x")
         assert b"data: x" in await streams[0].read()
         leaving = asyncio.create_task(leave(server, how))
@@ -214,10 +213,10 @@ async def test_a_server_leaves_well_with_open_streams(kind: str, how: signal.Sig
         bodies = [await rest_of(stream) for stream in streams]
         assert time.monotonic() - began < 1
         for body in bodies:
-            assert 500 <= comes_back_ms(body) <= 5000
+            assert 500 <= reconnection_ms(body) <= 5000
         body = await whole.rest()
         assert b"data: x" in body
-        assert 500 <= comes_back_ms(body) <= 5000
+        assert 500 <= reconnection_ms(body) <= 5000
         status, seconds = await leaving
         assert status == exit_status(kind, how)
         assert seconds < 3
@@ -227,7 +226,8 @@ async def test_a_server_leaves_well_with_open_streams(kind: str, how: signal.Sig
         whole.close()
 
 
-# granian waits for a reader that takes nothing, and nobody can cut it: the README says so.
+# granian waits for a client that reads nothing, and its connection cannot be aborted: see
+# docs/howto/deploy.rst.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "size"),
@@ -238,8 +238,7 @@ async def test_a_server_leaves_well_with_open_streams(kind: str, how: signal.Sig
         if (kind, size) != ("granian", 500_000)
     ],
 )
-async def test_a_server_leaves_though_a_reader_has_stalled(kind: str, size: int) -> None:
-    """Whether the server holds a little for it, or waits for it: in a few seconds it is gone."""
+async def test_a_server_ends_although_a_client_has_stalled(kind: str, size: int) -> None:
     server = Server(kind, **OPEN)
     slow = socket.socket()
     try:
@@ -247,7 +246,7 @@ async def test_a_server_leaves_though_a_reader_has_stalled(kind: str, size: int)
             server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         server.start()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.settimeout(DEADLINE)
+        slow.settimeout(PROCESS_PATIENCE_SECONDS)
         await asyncio.to_thread(slow.connect, server.address)
         slow.sendall(b"GET /events/poll/t HTTP/1.0\r\nHost: localhost\r\n\r\n")
         got = b""
@@ -260,7 +259,7 @@ async def test_a_server_leaves_though_a_reader_has_stalled(kind: str, size: int)
         while b"xxx\n\n" not in body:
             body += await other.read()
         leaving = asyncio.create_task(leave(server, signal.SIGTERM))
-        assert 500 <= comes_back_ms(body + await rest_of(other)) <= 5000
+        assert 500 <= reconnection_ms(body + await rest_of(other)) <= 5000
         status, seconds = await leaving
         assert status == exit_status(kind, signal.SIGTERM)
         assert seconds < 4
@@ -272,8 +271,7 @@ async def test_a_server_leaves_though_a_reader_has_stalled(kind: str, size: int)
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_stream_that_ends_by_itself_leaves_no_line_in_the_log(kind: str) -> None:
-    """A close, and a listener that hangs up: neither is an error to the server."""
+async def test_a_stream_that_ends_logs_nothing(kind: str) -> None:
     with serve(kind, **OPEN) as server:
         for token in ("a", "b"):
             ended = await Connection.open(server.address, f"/events/poll/{token}")
@@ -284,7 +282,7 @@ async def test_a_stream_that_ends_by_itself_leaves_no_line_in_the_log(kind: str)
             await apublish(token, "close", "bye")
             assert b"data: bye" in await rest_of(ended)
             ended.close()
-        # Daphne looks at what its applications raised once per second.
+        # Daphne checks the exceptions of its applications once per second.
         await asyncio.sleep(1.3)
         await leave(server, signal.SIGTERM)
         assert server.log.read_text() == ""
@@ -293,8 +291,7 @@ async def test_a_stream_that_ends_by_itself_leaves_no_line_in_the_log(kind: str)
 @pytest.mark.parametrize(
     "server", ["daphne", "uvicorn", "hypercorn", "uvicorn plain"], indirect=True
 )
-async def test_a_killed_server_loses_nothing(server: Server) -> None:
-    """Killed and started again: the listener comes back and has everything, once."""
+async def test_a_killed_server_loses_no_event(server: Server) -> None:
     listener = Listener(
         server.address, "/events/poll/t", enough=lambda self: len(self.events) >= 30
     )
@@ -306,14 +303,13 @@ async def test_a_killed_server_loses_nothing(server: Server) -> None:
             server.stop(signal.SIGKILL)
         elif n == 20:
             server.start()
-    async with asyncio.timeout(DEADLINE):
+    async with asyncio.timeout(PROCESS_PATIENCE_SECONDS):
         await listening
     assert [event.data for event in listener.events] == [str(n) for n in range(30)]
     assert listener.connections >= 2
 
 
-async def test_a_thousand_in_a_burst_with_postgres() -> None:
-    """Many publishers, one listener, PostgreSQL: all events, once, in the history's order."""
+async def test_a_burst_of_a_thousand_events_is_delivered_in_order() -> None:
     with serve("uvicorn", EVENTSOURCE_HISTORY=POSTGRES, **OPEN) as server:
         settings.EVENTSOURCE_HISTORY = POSTGRES
         try:
@@ -331,7 +327,7 @@ async def test_a_thousand_in_a_burst_with_postgres() -> None:
             threads = [threading.Thread(target=work, args=[n]) for n in range(4)]
             for thread in threads:
                 thread.start()
-            async with asyncio.timeout(DEADLINE):
+            async with asyncio.timeout(PROCESS_PATIENCE_SECONDS):
                 await listening
             for thread in threads:
                 thread.join()
@@ -347,8 +343,8 @@ EVENTS = 2000
 
 
 @pytest.mark.slow
-async def test_two_thousand_events_to_fifty_listeners_that_drop() -> None:
-    """Random disconnects and two server restarts: every listener has all, once, in order."""
+async def test_listeners_that_reconnect_receive_every_event_once_in_order() -> None:
+    """Clients disconnect at random, and the server restarts twice."""
     seed = int(os.environ.get("SEED", "42"))
     chance = random.Random(seed)
     with serve("daphne", **OPEN) as server:
@@ -383,21 +379,21 @@ async def test_two_thousand_events_to_fifty_listeners_that_drop() -> None:
         lines = [f"{n}\n" for n in range(EVENTS)]
         written = 0
         for share in (0.25, 0.6):
-            # A little more than what is waited for: some of it comes while the server is away.
+            # More events than the wait below needs, so that some come while the server is down.
             until = int(EVENTS * (share + 0.1))
             sender.stdin.write("".join(lines[written:until]))
             sender.stdin.flush()
             written = until
-            async with asyncio.timeout(DEADLINE * 3):
+            async with asyncio.timeout(PROCESS_PATIENCE_SECONDS * 3):
                 while max(len(listener.events) for listener in listeners) < EVENTS * share:
                     await asyncio.sleep(0.01)
             server.stop(signal.SIGTERM)
             server.start()
         out, _ = await asyncio.to_thread(
-            sender.communicate, "".join(lines[written:]), DEADLINE * 5
+            sender.communicate, "".join(lines[written:]), PROCESS_PATIENCE_SECONDS * 5
         )
         assert sender.returncode == 0
-        async with asyncio.timeout(DEADLINE * 3):
+        async with asyncio.timeout(PROCESS_PATIENCE_SECONDS * 3):
             await asyncio.gather(*tasks)
     assert len(out.split()) == EVENTS
     for listener in listeners:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 SKIPPING = """
 import pytest
@@ -27,7 +27,15 @@ def run(directory: Path, source: str, *options: str) -> list[str]:
     (directory / "test_it.py").write_text(source)
     done = subprocess.run(
         [
-            *[sys.executable, "-m", "pytest", "-p", "tests.skip_summary", "-c", "/dev/null"],
+            *[
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "tests.support.skip_summary",
+                "-c",
+                "/dev/null",
+            ],
             *["-p", "no:cacheprovider", "-p", "no:django", *options, "--rootdir", ".", "."],
         ],
         cwd=directory,
@@ -42,7 +50,7 @@ def run(directory: Path, source: str, *options: str) -> list[str]:
 
 @pytest.mark.parametrize("options", [[], ["-n", "2"]], ids=["alone", "in parallel"])
 def test_the_last_lines_name_each_reason_once_with_its_number_of_tests(tmp_path, options):
-    """The lines stand right before pytest's own last line, the most frequent reason first."""
+    """They precede pytest's own last line. The most frequent reason is the first."""
     *_, title, first, second, result = run(
         tmp_path, "def test_passes(): pass" + SKIPPING, *options
     )
@@ -52,6 +60,5 @@ def test_the_last_lines_name_each_reason_once_with_its_number_of_tests(tmp_path,
     assert "1 passed, 4 skipped" in result
 
 
-def test_a_run_without_skipped_tests_has_no_such_lines(tmp_path):
-    """A complete run says nothing about skipped tests."""
+def test_a_run_without_skipped_tests_has_no_summary_of_them(tmp_path):
     assert "on this machine" not in "\n".join(run(tmp_path, "def test_passes(): pass"))

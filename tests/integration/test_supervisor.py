@@ -1,9 +1,10 @@
-"""The watch: streams end when they must, whatever fails; and who listens is told."""
+"""The supervisor: admission, the sweep, rechecks, close requests and the lease."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import gc
 import os
 import socket
@@ -22,28 +23,39 @@ from django.http import Http404, HttpRequest
 from django.test import AsyncClient
 from django.urls import path
 
-from django_eventsource import hub as hub_module
-from django_eventsource import troubles
-from django_eventsource import watch as module
-from django_eventsource.control import CLOSE, ControlEvent, aclose_streams
+from django_eventsource import _logging as troubles
+from django_eventsource import _runtime
+from django_eventsource.delivery.hub import Hub, get_hub
 from django_eventsource.events import JSONIdEvent
 from django_eventsource.grants import make_grant
-from django_eventsource.history import get_history
-from django_eventsource.history.database import DatabaseHistory
+from django_eventsource.history import Position, get_history
+from django_eventsource.history.database.backend import DatabaseHistory
 from django_eventsource.history.memory import MemoryHistory
-from django_eventsource.hub import get_hub
-from django_eventsource.listeners import Listener, registry
+from django_eventsource.operations import control_receiver, recheck
+from django_eventsource.operations import supervisor as module
+from django_eventsource.operations.close_requests import aclose_streams
+from django_eventsource.operations.control import ControlEvent
+from django_eventsource.operations.control_receiver import ControlReceiver
+from django_eventsource.operations.presence import Lease, host_and_pid
+from django_eventsource.operations.recheck import Rechecker, request_rechecks
+from django_eventsource.operations.shutdown import shutdown
+from django_eventsource.operations.stream_timeouts import StreamTimeouts
+from django_eventsource.operations.supervisor import StreamSupervisor, get_supervisor
 from django_eventsource.policies import AllowAny
-from django_eventsource.presence import host_and_pid
+from django_eventsource.protocol.cursors import parse_cursor
+from django_eventsource.protocol.field_rules import CLOSE_STREAMS
+from django_eventsource.protocol.tokens import CONTROL_TOKEN
 from django_eventsource.publishing import apublish, publish_event
-from django_eventsource.shutdown import shutdown
-from django_eventsource.streams import EventStream, Reason
-from django_eventsource.tokens import CONTROL_TOKEN
+from django_eventsource.signals import Listener, Reason
+from django_eventsource.streaming.open_stream import OpenStream
+from django_eventsource.streaming.registry import registry
+from django_eventsource.streaming.stream import EventStream
 from django_eventsource.views import EventSourceView
-from django_eventsource.watch import Watch, get_watch
-from tests.histories import ALIASES, add
-from tests.listeners import Connection
-from tests.processes import serve
+from tests.support import waiting
+from tests.support.events import add
+from tests.support.histories import ALIASES
+from tests.support.listeners import Connection
+from tests.support.processes import serve
 
 SECONDS = 4
 
@@ -51,8 +63,8 @@ in_memory = pytest.mark.usefixtures("memory_history", "quick")
 real_commits = pytest.mark.django_db(transaction=True)
 
 
-class Moody(AllowAny):
-    """A policy that changes its mind, raises and hangs when told; by token."""
+class ScriptedPolicy(AllowAny):
+    """A policy whose result can be set for each token: it refuses, raises or hangs."""
 
     asked: list[str] = []
     answers: dict[str, Callable[[], Any]] = {}
@@ -66,37 +78,71 @@ class Moody(AllowAny):
         return bool(await found) if asyncio.iscoroutine(found) else bool(found)
 
 
-class LogsOut(EventSourceView):
-    """Its streams are to end before they have begun."""
+class ClosesWhileOpening(EventSourceView):
+    """A view whose streams are closed while they open."""
 
     async def initial_state(self, request: HttpRequest, token: str) -> Any:
         await aclose_streams(token=token)
-        await asyncio.sleep(0.2)  # every process has heard it
+        await asyncio.sleep(0.2)  # until every process has received it
         return ()
 
 
 urlpatterns = [
-    path("late/<action>/<token>", LogsOut.as_view()),
+    path("late/<action>/<token>", ClosesWhileOpening.as_view()),
     path("events/<action>/<token>", EventSourceView.as_view()),
 ]
 
 
 @pytest.fixture
 def quick(settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look often, and begin with nobody listening."""
-    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
-    monkeypatch.setattr(module, "FOLLOW_SECONDS", 0.02)
-    monkeypatch.setattr(shutdown, "begun", False)
-    monkeypatch.setattr(shutdown, "_server", None)
-    monkeypatch.setattr(Moody, "asked", [])
-    monkeypatch.setattr(Moody, "answers", {})
+    """Sweep often, and start without listeners."""
+    monkeypatch.setattr(StreamTimeouts, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(StreamSupervisor, "SERVER_CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(ControlReceiver, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(Lease, "DISABLED_SECONDS", 0.02)
+    shutdown.reset()
+    monkeypatch.setattr(ScriptedPolicy, "asked", [])
+    monkeypatch.setattr(ScriptedPolicy, "answers", {})
     settings.ROOT_URLCONF = __name__
-    settings.EVENTSOURCE_POLICY = f"{__name__}.Moody"
+    settings.EVENTSOURCE_POLICY = f"{__name__}.ScriptedPolicy"
     settings.EVENTSOURCE_POLL_SECONDS = 0.02
     settings.EVENTSOURCE_PRESENCE_SECONDS = 0.1
 
 
-async def open_stream(token: str = "t", path: str = "events") -> EventStream:
+class CancelRecorder:
+    """Stands for the task that sends a stream; records when it is cancelled."""
+
+    def __init__(self, cancelled: list[float]) -> None:
+        self.cancelled = cancelled
+
+    def cancel(self) -> bool:
+        self.cancelled.append(time.monotonic())
+        return True
+
+
+class Transport:
+    """A transport that reports unsent bytes."""
+
+    def __init__(self, unsent: Callable[[], int]) -> None:
+        self.get_write_buffer_size = unsent
+
+    def get_extra_info(self, name: str) -> Transport:
+        return self
+
+    def fileno(self) -> int:
+        return 10**6  # no file is open under it
+
+
+def make_stream(
+    token: str, position: Position | None = None, *, session: str = "", asked: str | None = None
+) -> OpenStream:
+    """Make a stream as the view does it."""
+    position = position or get_history().locate(token, None)
+    listener = Listener(tokens=(token,), session=session)
+    return OpenStream(token, position, listener=listener, asked=asked)
+
+
+async def open_stream(token: str = "t", path: str = "events") -> OpenStream:
     """Open a stream and read its first bytes."""
     response = await AsyncClient().get(f"/{path}/poll/{token}")
     stream = response._stream  # type: ignore[attr-defined]
@@ -104,22 +150,22 @@ async def open_stream(token: str = "t", path: str = "events") -> EventStream:
     return stream
 
 
-async def read_to_end(stream: EventStream) -> bytes:
+async def read_to_end(stream: OpenStream) -> bytes:
     async with asyncio.timeout(SECONDS):
         return b"".join([chunk async for chunk in stream])
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(SECONDS):
-        while not condition():
-            await asyncio.sleep(0.001)
+until = functools.partial(waiting.until, seconds=SECONDS)
 
 
-async def heard() -> None:
-    """Wait until the watch hears the control token."""
-    watch = get_watch()
+async def receiver_is_ready() -> None:
+    """Wait until the control token is read."""
+    supervisor = get_supervisor()
     await until(
-        lambda: (feed := watch.hub._feeds.get(CONTROL_TOKEN)) is not None and feed.last is not None
+        lambda: (
+            (feed := supervisor.hub._feeds.get(CONTROL_TOKEN)) is not None
+            and feed.last is not None
+        )
     )
 
 
@@ -127,33 +173,29 @@ async def heard() -> None:
 
 
 @in_memory
-async def test_one_watch_for_a_loop() -> None:
-    """All streams of a loop have the same one, under the name of one lease."""
-    watch = get_watch()
-    assert get_watch() is watch
-    assert host_and_pid(watch.process) == (socket.gethostname(), str(os.getpid()))
+async def test_an_event_loop_has_one_supervisor_with_one_lease() -> None:
+    supervisor = get_supervisor()
+    assert get_supervisor() is supervisor
+    assert host_and_pid(supervisor.lease.process) == (socket.gethostname(), str(os.getpid()))
 
 
 @in_memory
-def test_the_watch_of_a_closed_loop_is_forgotten() -> None:
-    """Several loops in one process, one after the other: nothing is left of the first."""
-
-    async def start() -> Watch:
-        return get_watch()
+def test_the_supervisor_of_a_closed_loop_is_removed() -> None:
+    async def start() -> StreamSupervisor:
+        return get_supervisor()
 
     first = asyncio.run(start())
     assert first.hub.loop.is_closed()
     second = asyncio.run(start())
     assert first is not second
-    assert first not in module._watches.values()
-    assert first.process != second.process
+    assert first not in module._supervisors.values()
+    assert first.lease.process != second.lease.process
 
 
 @in_memory
-def test_a_stream_that_outlives_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is counted out when it is dropped, though nobody can be told."""
-    # The handler of SIGINT before ours leads to the task of asyncio.run(), and to its result.
-    monkeypatch.setattr(module, "install", lambda loop, farewell: None)
+def test_a_stream_that_outlives_its_loop_is_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The previous handler of SIGINT refers to the task of asyncio.run() and to its result.
+    monkeypatch.setattr(shutdown, "install", lambda loop, on_ended: None)
 
     async def start() -> EventStream:
         return await open_stream("outlives")
@@ -167,46 +209,61 @@ def test_a_stream_that_outlives_its_loop(monkeypatch: pytest.MonkeyPatch) -> Non
     assert registry.count("outlives") == 0
 
 
-# Age and stalled readers
+@in_memory
+def test_a_fork_drops_supervisors_streams_and_a_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forked process calls reset_all()."""
+    monkeypatch.setattr(shutdown, "install", lambda loop, on_ended: None)
+
+    async def start() -> OpenStream:
+        return await open_stream("forked")
+
+    stream = asyncio.run(start())
+    shutdown.begun = True
+    _runtime.reset_all()
+    assert registry.count("forked") == 0
+    assert module._supervisors == {}
+    assert not shutdown.begun
+    del stream
+    assert registry.count("forked") == 0
+
+
+# Age and stalled clients
 
 
 @in_memory
-async def test_a_stream_that_is_too_old(settings) -> None:
-    """It ends by itself; its listener comes back with its last event id."""
+async def test_a_stream_ends_at_its_maximum_age(settings) -> None:
     settings.EVENTSOURCE_STREAM_MAX_AGE_SECONDS = 0.1
     began = time.monotonic()
     stream = await open_stream()
     await read_to_end(stream)
-    assert stream.reason is Reason.AGE
+    assert stream.reason is Reason.MAX_AGE
     assert time.monotonic() - began >= 0.05
     assert registry.count("t") == 0
 
 
 @in_memory
-async def test_a_stream_may_be_as_old_as_it_likes(settings) -> None:
-    """None sets no age, no stall, no recheck."""
+async def test_settings_of_none_disable_age_stall_and_recheck(settings) -> None:
     settings.EVENTSOURCE_STREAM_MAX_AGE_SECONDS = None
     settings.EVENTSOURCE_STREAM_STALL_SECONDS = None
     settings.EVENTSOURCE_RECHECK_SECONDS = None
     stream = await open_stream()
     await asyncio.sleep(0.2)
     assert stream.reason is None
-    assert Moody.asked == ["t"]
+    assert ScriptedPolicy.asked == ["t"]
     await stream.aclose()
 
 
 @in_memory
-async def test_a_reader_that_takes_nothing(settings) -> None:
-    """A stream whose bytes nobody takes is cut off; one that merely is quiet is not."""
+async def test_a_stalled_stream_is_aborted_and_a_silent_one_is_not(settings) -> None:
     settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.1
     quiet = await open_stream("quiet")
     reading = asyncio.ensure_future(anext(quiet))
     stalled = await open_stream("stalled")
-    aborted = []
-    stalled.on_abort = lambda: aborted.append(1)
+    aborted: list[float] = []
+    stalled.begin_sending(CancelRecorder(aborted))
     await until(lambda: stalled.reason)
     assert stalled.reason is Reason.STALLED
-    assert aborted == [1]
+    assert len(aborted) == 1
     assert quiet.reason is None
     await apublish("quiet", "ping", "x")
     assert b"data: x" in await reading
@@ -214,8 +271,7 @@ async def test_a_reader_that_takes_nothing(settings) -> None:
 
 
 @in_memory
-async def test_a_reader_that_takes_little(settings) -> None:
-    """As long as it takes something it has not stalled; then it has."""
+async def test_a_stream_is_aborted_when_its_client_stops_making_progress(settings) -> None:
     settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.1
     slow = await open_stream("slow")
     left = [1000]
@@ -225,17 +281,18 @@ async def test_a_reader_that_takes_little(settings) -> None:
             left[0] -= 10
         return left[0]
 
-    slow.unsent = unsent
+    slow.transport = Transport(unsent)
     await until(lambda: left[0] == 500)
     assert slow.reason is None
     await until(lambda: slow.reason)
     assert slow.reason is Reason.STALLED
 
 
-async def open_drip(token: str = "t", cursor: str | None = None) -> EventStream:
-    """Open a stream whose listener always reads a little of the chunk that is being sent."""
-    stream = EventStream(token, get_history().locate(token, cursor), asked=cursor)
-    assert get_watch().admit(stream, Listener(tokens=(token,))) is None
+async def open_drip(token: str = "t", cursor: str | None = None) -> OpenStream:
+    """Open a stream whose client reads a little of the current chunk at each sweep."""
+    position = get_history().locate(token, parse_cursor(cursor))
+    stream = make_stream(token, position, asked=cursor)
+    assert get_supervisor().admit(stream) is None
     await anext(stream)
     reading = asyncio.ensure_future(anext(stream))
     if cursor is None:
@@ -243,65 +300,66 @@ async def open_drip(token: str = "t", cursor: str | None = None) -> EventStream:
         await apublish(token, "ping", "x")
     await reading
     left = iter(range(10**6, 0, -1))
-    stream.unsent = lambda: next(left)
+    stream.transport = Transport(lambda: next(left))
     return stream
 
 
-async def tell_to_end(stream: EventStream, how: str, settings: Any) -> None:
-    """Let a stream end in one of the ways that leave what is buffered."""
+async def tell_to_end(stream: OpenStream, how: str, settings: Any) -> None:
+    """End a stream in one of the ways that send its buffer first."""
     if how == "close":
         await apublish(stream.token, "close", "bye")
     elif how == "age":
-        stream.listener.ends_at = 0
+        stream.ends_at = 0
     else:
         stream.end(Reason.REFUSED)
 
 
 @in_memory
 @pytest.mark.parametrize("how", ["close", "age", "refusal"])
-async def test_a_stream_that_was_told_to_end_is_aborted_whatever_its_listener_reads(
+async def test_a_stream_that_was_ended_is_aborted_although_its_client_reads(
     how: str, settings
 ) -> None:
-    """The listener has the time of a stalled one, and no more."""
+    """It has EVENTSOURCE_STREAM_STALL_SECONDS."""
     settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.3
     drip = await open_drip()
     aborted: list[float] = []
-    drip.on_abort = lambda: aborted.append(time.monotonic())
+    drip.begin_sending(CancelRecorder(aborted))
     await asyncio.sleep(0.5)
     assert aborted == [], "it makes progress"
     began = time.monotonic()
     await tell_to_end(drip, how, settings)
     await until(lambda: aborted)
     assert aborted[0] - began >= 0.3
+    drip.end_sending()
     assert registry.count("t") == 0
-    assert drip.reason is {"close": Reason.STALLED, "age": Reason.AGE}.get(how, Reason.REFUSED)
+    assert drip.reason is {"close": Reason.STALLED, "age": Reason.MAX_AGE}.get(how, Reason.REFUSED)
 
 
 @in_memory
-async def test_a_slow_listener_has_the_age_of_a_stream_for_the_replay_of_a_closed_token(
+async def test_a_replay_of_a_closed_token_may_take_the_maximum_age(
     settings,
 ) -> None:
-    """Otherwise it would be cut off at the same event whenever it reconnects."""
+    """Otherwise the client would be disconnected at the same event whenever it reconnects."""
     settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.2
     (start,) = add(get_history(), "start")
     add(get_history(), "x")
     await apublish("t", "close", "bye")
     drip = await open_drip(cursor=str(start.seq))
-    aborted: list[int] = []
-    drip.on_abort = lambda: aborted.append(1)
+    aborted: list[float] = []
+    drip.begin_sending(CancelRecorder(aborted))
     await asyncio.sleep(0.5)
     assert aborted == []
-    drip.listener.ends_at = 0
+    drip.ends_at = 0
     await until(lambda: aborted)
 
 
 @in_memory
-async def test_a_stream_that_is_never_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its response was dropped: it does not count for ever."""
-    monkeypatch.setattr(module, "UNSERVED_SECONDS", 0.2)
+async def test_a_stream_that_is_never_sent_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its response may have been dropped."""
+    monkeypatch.setattr(StreamTimeouts, "UNSERVED_SECONDS", 0.2)
     served = await open_stream("t")
-    dropped = EventStream("t", get_history().locate("t", None))
-    assert get_watch().admit(dropped, Listener(tokens=("t",))) is None
+    dropped = make_stream("t")
+    assert get_supervisor().admit(dropped) is None
     assert registry.count("t") == 2
     await until(lambda: dropped.reason)
     assert registry.count("t") == 1
@@ -314,13 +372,15 @@ async def test_a_stream_that_is_never_served(monkeypatch: pytest.MonkeyPatch) ->
 
 @in_memory
 async def test_streams_end_when_the_server_shuts_down_without_a_signal() -> None:
-    """Each gets a reconnection time, and no new stream is opened."""
+    """Each sends a reconnection time, and no new stream is opened."""
     streams = [await open_stream(), await open_stream("other")]
     bodies = [asyncio.create_task(read_to_end(stream)) for stream in streams]
     ends = False
-    shutdown.follow(lambda: ends)
-    shutdown.follow(None)  # a stream whose server cannot be found changes nothing
-    await until(lambda: all(stream.is_open for stream in streams))
+    shutdown.watch_server(lambda: lambda: True)  # a server that has ended
+    shutdown.watch_server(lambda: lambda: ends)
+    shutdown.watch_server(lambda: None)  # an unknown server changes nothing
+    shutdown.watch_server(lambda: lambda: True)  # one that is watched is not looked for
+    await until(lambda: all(stream.is_begun for stream in streams))
     await asyncio.sleep(0.1)
     assert [stream.reason for stream in streams] == [None, None]
     ends = True
@@ -333,11 +393,9 @@ async def test_streams_end_when_the_server_shuts_down_without_a_signal() -> None
 
 
 @in_memory
-async def test_the_server_of_another_event_loop_is_not_followed() -> None:
-    """Its streams belong to another thread."""
-
+async def test_the_server_of_another_event_loop_is_not_checked() -> None:
     async def follow() -> None:
-        shutdown.follow(lambda: True)
+        shutdown.watch_server(lambda: lambda: True)
 
     await asyncio.to_thread(asyncio.run, follow())
     stream = await open_stream()
@@ -347,62 +405,67 @@ async def test_the_server_of_another_event_loop_is_not_followed() -> None:
     await stream.aclose()
 
 
-# Rights that are lost
+# Rechecks
 
 
 @in_memory
-async def test_a_policy_that_changes_its_mind(settings) -> None:
-    """The stream ends at the next look, and only the one that is refused."""
+async def test_a_stream_ends_at_the_recheck_that_refuses_it(settings) -> None:
+    """Other streams continue."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.1
     lost, kept = await open_stream("lost"), await open_stream("kept")
-    Moody.answers["lost"] = lambda: False
+    ScriptedPolicy.answers["lost"] = lambda: False
     await read_to_end(lost)
     assert lost.reason is Reason.REFUSED
-    await until(lambda: Moody.asked.count("kept") >= 4)
+    await until(lambda: ScriptedPolicy.asked.count("kept") >= 4)
     assert kept.reason is None
     await kept.aclose()
 
 
 @in_memory
-async def test_a_policy_that_raises(settings, caplog: pytest.LogCaptureFixture) -> None:
-    """The stream is kept: a database that is away throws nobody out. It is asked again."""
+async def test_a_stream_continues_if_the_database_fails_during_a_recheck(
+    settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The policy is asked again."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
     stream = await open_stream()
 
     def away() -> None:
         raise OperationalError("away")
 
-    Moody.answers["t"] = away
-    await until(lambda: Moody.asked.count("t") >= 3 and "could not be checked" in caplog.text)
+    ScriptedPolicy.answers["t"] = away
+    await until(
+        lambda: (
+            ScriptedPolicy.asked.count("t") >= 3 and "The policy could not check" in caplog.text
+        )
+    )
     assert stream.reason is None
-    Moody.answers["t"] = lambda: False
+    ScriptedPolicy.answers["t"] = lambda: False
     await read_to_end(stream)
     assert stream.reason is Reason.REFUSED
 
 
 @in_memory
-@pytest.mark.parametrize("error", [LookupError, Http404])
-async def test_a_policy_that_fails(
-    settings, caplog: pytest.LogCaptureFixture, error: type[Exception]
+@pytest.mark.parametrize(("error", "is_logged"), [(LookupError, True), (Http404, False)])
+async def test_a_stream_ends_if_the_policy_itself_fails(
+    settings, caplog: pytest.LogCaptureFixture, error: type[Exception], is_logged: bool
 ) -> None:
-    """Its error is none of the database's: as a new listener would, this one gets nothing."""
+    """``Http404`` is a refusal."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
     stream = await open_stream()
 
     def fail() -> None:
         raise error("the room is gone")
 
-    Moody.answers["t"] = fail
+    ScriptedPolicy.answers["t"] = fail
     await read_to_end(stream)
     assert stream.reason is Reason.REFUSED
-    assert "The policy failed" in caplog.text
+    assert ("The policy failed" in caplog.text) is is_logged
 
 
 @in_memory
-async def test_a_policy_that_waits_for_what_is_cancelled(
+async def test_a_policy_that_is_cancelled_ends_its_own_stream_only(
     settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """That is its failure, and nobody else's: the others are asked again and again."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
     lost, kept = await open_stream("lost"), await open_stream("kept")
 
@@ -411,67 +474,71 @@ async def test_a_policy_that_waits_for_what_is_cancelled(
         task.cancel()
         return await task
 
-    Moody.answers["lost"] = cancelled
+    ScriptedPolicy.answers["lost"] = cancelled
     await read_to_end(lost)
     assert lost.reason is Reason.REFUSED
     assert "The policy failed" in caplog.text
-    asked = Moody.asked.count("kept")
-    await until(lambda: Moody.asked.count("kept") > asked + 2)
+    asked = ScriptedPolicy.asked.count("kept")
+    await until(lambda: ScriptedPolicy.asked.count("kept") > asked + 2)
     await kept.aclose()
 
 
 @in_memory
-async def test_a_policy_whose_own_time_is_up(
+async def test_a_timeout_inside_the_policy_does_not_abandon_its_thread(
     settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A socket's time-out is the network's: its thread is not given up for stuck."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
     given_up: list[str] = []
-    monkeypatch.setattr(module, "leave_thread", lambda: given_up.append(""))
+    monkeypatch.setattr(recheck, "abandon_thread", lambda: given_up.append(""))
     stream = await open_stream()
 
     def away() -> None:
         raise TimeoutError("the directory server is away")
 
-    Moody.answers["t"] = away
-    await until(lambda: Moody.asked.count("t") >= 3 and "could not be checked" in caplog.text)
+    ScriptedPolicy.answers["t"] = away
+    await until(
+        lambda: (
+            ScriptedPolicy.asked.count("t") >= 3 and "The policy could not check" in caplog.text
+        )
+    )
     assert (stream.reason, given_up) == (None, [])
     await stream.aclose()
 
 
 @in_memory
-async def test_a_policy_that_hangs(settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One policy that never answers does not keep the others from being looked after."""
+async def test_a_policy_that_hangs_does_not_delay_the_sweep(
+    settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
     hanging = await open_stream("hanging")
-    asked = Moody.asked.count("hanging")
-    Moody.answers["hanging"] = lambda: asyncio.Event().wait()
-    await until(lambda: Moody.asked.count("hanging") > asked)
+    asked = ScriptedPolicy.asked.count("hanging")
+    ScriptedPolicy.answers["hanging"] = lambda: asyncio.Event().wait()
+    await until(lambda: ScriptedPolicy.asked.count("hanging") > asked)
     settings.EVENTSOURCE_STREAM_MAX_AGE_SECONDS = 0.1
     other = await open_stream("other")
     await until(lambda: other.reason)
-    assert other.reason is Reason.AGE
+    assert other.reason is Reason.MAX_AGE
     await hanging.aclose()
     await other.aclose()
 
 
 @in_memory
-async def test_a_look_that_is_wanted_during_one(settings) -> None:
-    """What the one under way has seen may be older than the reason for the next."""
+async def test_a_recheck_requested_during_a_recheck_runs_again(settings) -> None:
+    """The first one may have read older data."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 600
     stream = await open_stream()
-    await heard()
+    await receiver_is_ready()
     answers = [asyncio.Event(), asyncio.Event()]
 
     async def answer() -> bool:
-        mine = Moody.asked.count("t") - 2  # the first was when the stream was opened
+        mine = ScriptedPolicy.asked.count("t") - 2  # the first call was when the stream was opened
         await answers[mine].wait()
         return mine == 0
 
-    Moody.answers["t"] = answer
-    get_watch()._recheck_everybody()
-    await until(lambda: Moody.asked.count("t") == 2)
-    get_watch()._recheck_everybody()
+    ScriptedPolicy.answers["t"] = answer
+    request_rechecks(asyncio.get_running_loop())
+    await until(lambda: ScriptedPolicy.asked.count("t") == 2)
+    request_rechecks(asyncio.get_running_loop())
     for one in answers:
         one.set()
     await read_to_end(stream)
@@ -479,27 +546,25 @@ async def test_a_look_that_is_wanted_during_one(settings) -> None:
 
 
 @in_memory
-async def test_a_connection_that_cannot_be_closed(
+async def test_a_connection_that_cannot_be_closed_does_not_stop_rechecks(
     settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who waits for a turn gets it."""
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
-    monkeypatch.setattr(module, "RECHECKS_AT_ONCE", 1)
+    monkeypatch.setattr(Rechecker, "MAX_THREADS", 1)
     streams = [await open_stream(f"t{n}") for n in range(3)]
 
     def fail() -> None:
         raise OperationalError("broken")
 
     monkeypatch.setattr(connections, "close_all", fail)
-    await until(lambda: min(Moody.asked.count(f"t{n}") for n in range(3)) >= 3)
-    assert "A connection could not be closed." in caplog.text
+    await until(lambda: min(ScriptedPolicy.asked.count(f"t{n}") for n in range(3)) >= 3)
+    assert "A database connection could not be closed." in caplog.text
     for stream in streams:
         await stream.aclose()
 
 
 @in_memory
-async def test_policies_that_work_in_threads_hold_up_no_delivery(settings) -> None:
-    """What they block is not the thread in which histories are read."""
+async def test_a_policy_that_blocks_its_thread_does_not_delay_delivery(settings) -> None:
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
     blocked, free = threading.Event(), threading.Event()
 
@@ -508,7 +573,7 @@ async def test_policies_that_work_in_threads_hold_up_no_delivery(settings) -> No
         return free.wait(20)
 
     stream = await open_stream()
-    Moody.answers["t"] = sync_to_async(block)
+    ScriptedPolicy.answers["t"] = sync_to_async(block)
     await until(blocked.is_set)
     async with asyncio.timeout(10):
         assert await sync_to_async(lambda: "done")() == "done"
@@ -517,39 +582,36 @@ async def test_policies_that_work_in_threads_hold_up_no_delivery(settings) -> No
 
 
 @in_memory
-async def test_a_policy_that_is_stuck_in_its_thread(
+async def test_rechecks_continue_in_another_thread_if_a_policy_blocks(
     settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The others go on in another thread, and it is asked again."""
-    monkeypatch.setattr(module, "RECHECK_SECONDS", 0.2)
+    monkeypatch.setattr(Rechecker, "TIMEOUT_SECONDS", 0.2)
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
     free = threading.Event()
     stuck = await open_stream("stuck")
     others = [await open_stream(f"other {n}") for n in range(3)]
-    Moody.answers["stuck"] = sync_to_async(lambda: free.wait(20))
+    ScriptedPolicy.answers["stuck"] = sync_to_async(lambda: free.wait(20))
     for n in range(3):
-        Moody.answers[f"other {n}"] = sync_to_async(lambda: False)
+        ScriptedPolicy.answers[f"other {n}"] = sync_to_async(lambda: False)
     for stream in others:
         await read_to_end(stream)
         assert stream.reason is Reason.REFUSED
-    await until(lambda: "could not be checked" in caplog.text)
+    await until(lambda: "The policy could not check" in caplog.text)
     assert stuck.reason is None
     free.set()
     await stuck.aclose()
 
 
 @in_memory
-async def test_many_are_rechecked_with_few_threads(
+async def test_twenty_streams_are_rechecked_in_one_thread(
     settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One for twenty: each has a connection of its own to the database."""
     settings.EVENTSOURCE_RECHECK_SECONDS = None
     streams = [await open_stream("t") for _ in range(50)]
     threads: list[int] = []
-    Moody.answers["t"] = sync_to_async(lambda: not threads.append(threading.get_ident()))
-    watch = get_watch()
-    mine = [pair for pair in registry.streams() if pair[0] in streams]
-    await watch._recheck_all(mine)
+    ScriptedPolicy.answers["t"] = sync_to_async(lambda: not threads.append(threading.get_ident()))
+    mine = [stream for stream in registry.streams() if stream in streams]
+    await get_supervisor().timeouts.rechecker.recheck(mine)
     assert len(threads) == 50
     assert len(set(threads)) <= 3
     for stream in streams:
@@ -557,11 +619,10 @@ async def test_many_are_rechecked_with_few_threads(
 
 
 @in_memory
-async def test_a_listener_without_a_recheck(settings) -> None:
-    """Who admits a listener by hand need not bring one."""
+async def test_a_stream_without_a_recheck_continues(settings) -> None:
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
-    stream = EventStream("t", get_history().locate("t", None))
-    assert get_watch().admit(stream, Listener(tokens=("t",))) is None
+    stream = make_stream("t")
+    assert get_supervisor().admit(stream) is None
     await anext(stream)
     await asyncio.sleep(0.2)
     assert stream.reason is None
@@ -569,13 +630,12 @@ async def test_a_listener_without_a_recheck(settings) -> None:
 
 
 @in_memory
-async def test_a_limit_leaves_nothing_behind(settings) -> None:
-    """A stream that may not begin is not counted, watched or told of."""
-    watch = get_watch()
-    first, second = (EventStream("most", get_history().locate("most", None)) for _ in range(2))
+async def test_a_stream_over_a_limit_is_not_registered(settings) -> None:
+    supervisor = get_supervisor()
+    first, second = make_stream("most"), make_stream("most")
     settings.EVENTSOURCE_MAX_STREAMS_PER_TOKEN = 1
-    assert watch.admit(first, Listener(tokens=("most",))) is None
-    limit = watch.admit(second, Listener(tokens=("most",)))
+    assert supervisor.admit(first) is None
+    limit = supervisor.admit(second)
     assert limit == "EVENTSOURCE_MAX_STREAMS_PER_TOKEN"
     await second.aclose()
     assert registry.count("most") == 1
@@ -584,8 +644,7 @@ async def test_a_limit_leaves_nothing_behind(settings) -> None:
 
 
 @in_memory
-async def test_many_rechecks_at_once(settings) -> None:
-    """A hundred streams that are due are asked about a few at a time."""
+async def test_the_number_of_simultaneous_rechecks_is_bounded(settings) -> None:
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.1
     at_once = most = 0
 
@@ -598,22 +657,21 @@ async def test_many_rechecks_at_once(settings) -> None:
         return True
 
     streams = [await open_stream("many") for _ in range(40)]
-    Moody.asked.clear()
-    Moody.answers["many"] = slow
-    await until(lambda: len(Moody.asked) >= 40)
-    assert 1 < most <= module.RECHECKS_AT_ONCE
+    ScriptedPolicy.asked.clear()
+    ScriptedPolicy.answers["many"] = slow
+    await until(lambda: len(ScriptedPolicy.asked) >= 40)
+    assert 1 < most <= Rechecker.MAX_THREADS
     for stream in streams:
         await stream.aclose()
 
 
 @in_memory
-async def test_a_sweep_that_fails(
+async def test_a_sweep_that_fails_is_logged_and_repeated(
     settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even a setting that is wrong ends nothing: it is logged and tried again."""
     stream = await open_stream()
     settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0
-    await until(lambda: "Looking after the streams failed" in caplog.text)
+    await until(lambda: "The sweep over the streams failed" in caplog.text)
     settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.05
     await until(lambda: stream.reason)
     assert stream.reason is Reason.STALLED
@@ -621,11 +679,10 @@ async def test_a_sweep_that_fails(
 
 @pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
 @in_memory
-async def test_a_database_connection_that_broke(settings) -> None:
-    """A database that was restarted is asked again by the next look."""
+async def test_a_broken_database_connection_is_replaced_at_the_next_recheck(settings) -> None:
     settings.EVENTSOURCE_RECHECK_SECONDS = 0.05
     asked: list[int] = []
-    """Which of the database's processes answered; 0 for a failure."""
+    """The database processes that responded; 0 for a failure."""
 
     def ask() -> bool:
         asked.append(0)
@@ -640,7 +697,7 @@ async def test_a_database_connection_that_broke(settings) -> None:
         connections["postgres"].close()
 
     stream = await open_stream()
-    Moody.answers["t"] = lambda: sync_to_async(ask)()
+    ScriptedPolicy.answers["t"] = lambda: sync_to_async(ask)()
     await until(lambda: asked and asked[-1])
     first = asked[-1]
     await asyncio.to_thread(cut, first)
@@ -660,8 +717,8 @@ def basic(name: str, password: str) -> dict[str, str]:
 @real_commits
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uvicorn", "daphne plain"])
-async def test_users_who_lose_their_right(kind: str) -> None:
-    """A permission, a session, a password, an account: the stream ends. A grant is good."""
+async def test_streams_end_with_the_permission_session_password_or_account(kind: str) -> None:
+    """A grant stays valid for its stream."""
     may = await Permission.objects.aget(codename="listen_event")
     users = {}
     cookies = {}
@@ -679,7 +736,7 @@ async def test_users_who_lose_their_right(kind: str) -> None:
     headers["inactive"] = basic("inactive", "secret")
     headers["basic"] = basic("kept", "secret")
     with serve(kind, EVENTSOURCE_RECHECK_SECONDS=0.5, EVENTSOURCE_POLL_SECONDS=0.1) as server:
-        (await Connection.open(server.address, "/events/poll/t")).close()  # it is up
+        (await Connection.open(server.address, "/events/poll/t")).close()  # the server runs
         grant = make_grant("t", listen=True, seconds=1)
         headers = {"grant": {"Authorization": f"Bearer {grant}"}, **headers}
         streams = {}
@@ -698,7 +755,7 @@ async def test_users_who_lose_their_right(kind: str) -> None:
             stream = streams.pop(name)
             assert await stream.read() == b"", name
             stream.close()
-        await asyncio.sleep(2.5)  # the grant has expired, and everybody was asked again
+        await asyncio.sleep(2.5)  # until the grant has expired and all streams were rechecked
         await apublish("t", "ping", "kept")
         for name, stream in streams.items():
             assert b"data: kept" in await stream.read(), name
@@ -706,53 +763,56 @@ async def test_users_who_lose_their_right(kind: str) -> None:
     assert server.log.read_text().count("Traceback") == 0
 
 
-# What other processes say
+# Close requests
 
 
 @in_memory
-async def test_a_word_that_is_not_understood(caplog: pytest.LogCaptureFixture) -> None:
-    """What a newer version says, or nobody, is logged and passed over: the next is heard."""
+async def test_an_invalid_close_request_is_logged_and_the_next_is_applied(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     stream, kept = await open_stream(), await open_stream("kept")
-    await heard()
-    await sync_to_async(publish_event)(ControlEvent(CONTROL_TOKEN, CLOSE, {"unheard-of": "x"}))
+    await receiver_is_ready()
+    await sync_to_async(publish_event)(
+        ControlEvent(CONTROL_TOKEN, CLOSE_STREAMS, {"unheard-of": "x"})
+    )
     await sync_to_async(publish_event)(
         type("Other", (JSONIdEvent,), {"ACTIONS": ["other"]})(CONTROL_TOKEN, "other", 1)
     )
     await aclose_streams(token="t")
     await read_to_end(stream)
-    assert stream.reason is Reason.CLOSED
+    assert stream.reason is Reason.CLOSE_REQUESTED
     assert kept.reason is None
-    assert caplog.text.count("cannot be heard") <= 1
+    assert caplog.text.count("Cannot read control messages") <= 1
     await kept.aclose()
 
 
 @in_memory
-async def test_a_history_that_fails_at_first(
+async def test_close_requests_are_received_once_the_history_can_be_read(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What other processes say is heard once the history can be read."""
     alocate = MemoryHistory.alocate
     failures = 2
 
-    async def fail(self: MemoryHistory, token: str, cursor: str | None) -> Any:
+    async def fail(self: MemoryHistory, token: str, *args: Any) -> Any:
         nonlocal failures
         if token == CONTROL_TOKEN and failures:
             failures -= 1
             raise ConnectionError("away")
-        return await alocate(self, token, cursor)
+        return await alocate(self, token, *args)
 
     monkeypatch.setattr(MemoryHistory, "alocate", fail)
     stream = await open_stream()
-    await heard()
-    assert caplog.text.count("cannot be heard") == 2
+    await receiver_is_ready()
+    assert caplog.text.count("Cannot read control messages") == 2
     await aclose_streams(token="t")
     await read_to_end(stream)
-    assert stream.reason is Reason.CLOSED
+    assert stream.reason is Reason.CLOSE_REQUESTED
 
 
 @in_memory
-async def test_a_stream_of_the_watch_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should its stream end, it goes on from where it was: nothing is missed."""
+async def test_the_receiver_resumes_if_its_own_stream_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     streams = []
 
     class Seen(EventStream):
@@ -762,64 +822,61 @@ async def test_a_stream_of_the_watch_that_ends(monkeypatch: pytest.MonkeyPatch) 
             super().__init__(*args, **kwargs)
             streams.append(self)
 
-    monkeypatch.setattr(module, "EventStream", Seen)
+    monkeypatch.setattr(control_receiver, "EventStream", Seen)
     stream = await open_stream()
-    await heard()
+    await receiver_is_ready()
     streams[0].end(Reason.FAILED)
     await read_to_end(streams[0])
     await aclose_streams(token="t")
     await read_to_end(stream)
-    assert stream.reason is Reason.CLOSED
+    assert stream.reason is Reason.CLOSE_REQUESTED
     assert len(streams) == 2
 
 
 @in_memory
-async def test_words_that_were_missed(settings) -> None:
-    """Who missed some cannot know which: everybody's rights are looked at."""
+async def test_all_streams_are_rechecked_if_close_requests_were_missed(settings) -> None:
     settings.EVENTSOURCE_HISTORY = {
         "BACKEND": "django_eventsource.history.memory.MemoryHistory",
         "OPTIONS": {"MAX_EVENTS": 1},
     }
     settings.EVENTSOURCE_RECHECK_SECONDS = None
     lost, kept = await open_stream("lost"), await open_stream("kept")
-    await heard()
-    Moody.answers["lost"] = lambda: False
+    await receiver_is_ready()
+    ScriptedPolicy.answers["lost"] = lambda: False
     add(get_history(), "{}", "{}", "{}", token=CONTROL_TOKEN)
     await read_to_end(lost)
     assert lost.reason is Reason.REFUSED
-    await until(lambda: Moody.asked.count("kept") >= 2)
+    await until(lambda: ScriptedPolicy.asked.count("kept") >= 2)
     assert kept.reason is None
     await kept.aclose()
 
 
 @in_memory
-async def test_a_word_that_comes_while_a_stream_opens(settings) -> None:
-    """Rights that were checked before it came are checked again: nobody slips through."""
+async def test_a_stream_is_rechecked_if_a_close_request_came_while_it_opened(settings) -> None:
     settings.EVENTSOURCE_RECHECK_SECONDS = 600
     await open_stream("other")
-    await heard()
-    Moody.asked.clear()
+    await receiver_is_ready()
+    ScriptedPolicy.asked.clear()
     stream = await open_stream("t", "late")
     reading = asyncio.ensure_future(read_to_end(stream))
     try:
         async with asyncio.timeout(2):
-            while stream.reason is None and Moody.asked.count("t") < 2:
+            while stream.reason is None and ScriptedPolicy.asked.count("t") < 2:
                 await asyncio.sleep(0.01)
     finally:
         await stream.aclose()
         await reading
 
 
-# Who listens
+# The lease
 
 
 @in_memory
-async def test_a_lease_that_was_lost() -> None:
-    """Everything is told anew, also of tokens where nothing has changed."""
+async def test_all_listeners_are_written_again_after_the_lease_was_lost() -> None:
     streams = [await open_stream("a"), await open_stream("b")]
     history = get_history()
     await until(lambda: history.present("a") and history.present("b"))
-    history.withdraw(get_watch().process)
+    history.withdraw(get_supervisor().lease.process)
     assert history.present("a") == []
     await until(lambda: history.present("a") and history.present("b"))
     for stream in streams:
@@ -828,10 +885,9 @@ async def test_a_lease_that_was_lost() -> None:
 
 
 @in_memory
-async def test_a_list_that_cannot_be_written(
+async def test_a_list_that_cannot_be_written_is_logged_and_written_later(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is logged, and what changed meanwhile is told when it can."""
     history = get_history()
     announce = history.announce
 
@@ -850,14 +906,13 @@ async def test_a_list_that_cannot_be_written(
 
 
 @in_memory
-async def test_a_process_without_listeners_needs_no_lease(
+async def test_a_process_without_listeners_writes_no_lease(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """When the last one has left, that is told, and then nothing more."""
     history = get_history()
     stream = await open_stream("idle")
     await until(lambda: history.present("idle"))
-    # Streams of other tests in this process that are still referenced belong to other loops.
+    # Streams of other tests in this process belong to other loops.
     await stream.aclose()
     await until(lambda: not history.present("idle"))
     calls = []
@@ -867,27 +922,27 @@ async def test_a_process_without_listeners_needs_no_lease(
 
 
 @in_memory
-async def test_without_presence(settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None: nothing is written or remembered, and only this process's listeners are known."""
+async def test_without_presence_nothing_is_written_and_only_local_listeners_count(
+    settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings.EVENTSOURCE_PRESENCE_SECONDS = None
     calls = []
     monkeypatch.setattr(get_history(), "announce", lambda *args: calls.append(args) or True)
-    watch = get_watch()
-    assert not await watch.is_listened("t")
+    supervisor = get_supervisor()
+    assert not await supervisor.lease.has_listener("t")
     stream = await open_stream("t")
-    assert await watch.is_listened("t")
+    assert await supervisor.lease.has_listener("t")
     await stream.aclose()
     await asyncio.sleep(0.1)
-    assert not await watch.is_listened("t")
+    assert not await supervisor.lease.has_listener("t")
     assert calls == []
-    assert not watch._changed, "tokens pile up for ever"
+    assert not supervisor.lease._changed, "tokens pile up for ever"
 
 
 @in_memory
-async def test_a_bad_setting_does_not_end_the_beating(
+async def test_an_invalid_setting_does_not_stop_the_renewals(
     settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the system checks did not run, it is logged, and the list is written later."""
     stream = await open_stream("t")
     history = get_history()
     await until(lambda: history.present("t"))
@@ -901,14 +956,13 @@ async def test_a_bad_setting_does_not_end_the_beating(
 
 
 @in_memory
-async def test_a_change_whose_list_could_not_be_made_is_announced_with_the_next_beat(
+async def test_a_renewal_that_fails_loses_no_change(
     settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A beat that fails before it reaches the history loses no change."""
     settings.EVENTSOURCE_PRESENCE_SECONDS = 600
-    watch = get_watch()
+    supervisor = get_supervisor()
     other = await open_stream("other")  # without a listener there is no lease to renew
-    await watch.beat()
+    await supervisor.lease.renew()
     stream = await open_stream("t")
 
     def fail(loop: object) -> None:
@@ -916,17 +970,16 @@ async def test_a_change_whose_list_could_not_be_made_is_announced_with_the_next_
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(registry, "streams", fail)
-        await watch.beat()
+        await supervisor.lease.renew()
     assert not get_history().present("t")
-    await watch.beat()
+    await supervisor.lease.renew()
     assert get_history().present("t")
     await stream.aclose()
     await other.aclose()
 
 
 @in_memory
-async def test_a_bad_setting_leaves_nothing_counted(settings) -> None:
-    """A stream that could not be opened is not counted for ever."""
+async def test_a_stream_that_could_not_be_opened_is_not_counted(settings) -> None:
     settings.EVENTSOURCE_RECHECK_SECONDS = 0
     client = AsyncClient(raise_request_exception=False)
     assert (await client.get("/events/poll/uncounted")).status_code == 500
@@ -935,90 +988,83 @@ async def test_a_bad_setting_leaves_nothing_counted(settings) -> None:
 
 
 @in_memory
-async def test_who_has_just_left_is_not_listened_to(settings) -> None:
-    """Whoever asks gets today's answer of this process, not that of the last beat."""
+async def test_has_listener_uses_the_current_streams_of_this_process(settings) -> None:
     settings.EVENTSOURCE_PRESENCE_SECONDS = 600
-    watch = get_watch()
+    supervisor = get_supervisor()
     history = get_history()
     stream = await open_stream("t")
-    await watch.beat()
+    await supervisor.lease.renew()
     assert history.present("t")
     await stream.aclose()
-    await until(lambda: "t" in watch._changed)
-    assert not await watch.is_listened("t")
-    # Another process's listeners count.
+    await until(lambda: "t" in supervisor.lease._changed)
+    assert not await supervisor.lease.has_listener("t")
+    # The listeners of another process count.
     history.announce("another", {"t": ["7"]}, 60)
-    assert await watch.is_listened("t")
+    assert await supervisor.lease.has_listener("t")
 
 
 @in_memory
-async def test_words_that_mean_nothing_here() -> None:
-    """Another action, and a session that nobody has: no stream ends."""
-    watch = get_watch()
-    stream = EventStream("t", get_history().locate("t", None))
-    assert watch.admit(stream, Listener(tokens=("t",), session="mine")) is None
-    watch._hear("another", "{}")
-    watch._hear(CLOSE, '{"session": "other"}')
+async def test_unknown_actions_and_unmatched_requests_end_no_stream() -> None:
+    supervisor = get_supervisor()
+    stream = make_stream("t", session="mine")
+    assert supervisor.admit(stream) is None
+    supervisor.control.apply("another", "{}")
+    supervisor.control.apply(CLOSE_STREAMS, '{"session": "other"}')
     assert stream.reason is None
-    watch._hear(CLOSE, '{"session": "mine"}')
-    assert stream.reason is Reason.CLOSED
+    supervisor.control.apply(CLOSE_STREAMS, '{"session": "mine"}')
+    assert stream.reason is Reason.CLOSE_REQUESTED
     await stream.aclose()
 
 
 @in_memory
-async def test_a_word_that_could_not_be_obeyed_is_heard_again(
+async def test_a_close_request_that_could_not_be_applied_is_received_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What fails on the way is taken up where it was left."""
     stream = await open_stream()
-    await heard()
-    hear = Watch._hear
+    await receiver_is_ready()
+    apply = ControlReceiver.apply
     failures = [ConnectionError("away")]
 
-    def fail(self: Watch, action: str, data: str) -> None:
+    def fail(self: ControlReceiver, action: str, data: str) -> None:
         if failures:
             raise failures.pop()
-        hear(self, action, data)
+        apply(self, action, data)
 
-    monkeypatch.setattr(Watch, "_hear", fail)
+    monkeypatch.setattr(ControlReceiver, "apply", fail)
     await aclose_streams(token="t")
     await read_to_end(stream)
-    assert stream.reason is Reason.CLOSED
-    assert caplog.text.count("cannot be heard") == 1
+    assert stream.reason is Reason.CLOSE_REQUESTED
+    assert caplog.text.count("Cannot read control messages") == 1
 
 
 @in_memory
-async def test_the_lease_is_given_up_at_the_end() -> None:
-    """A process that is told to end leaves no listener behind in the list."""
+async def test_the_lease_is_withdrawn_at_shutdown() -> None:
     stream = await open_stream()
-    await get_watch().beat()
+    await get_supervisor().lease.renew()
     assert get_history().present("t") == [""]
-    assert shutdown.farewell is not None
     await shutdown.end(asyncio.get_running_loop())
     assert get_history().present("t") == []
     assert stream.reason is Reason.SHUTDOWN
 
 
 @in_memory
-async def test_a_lease_that_cannot_be_given_up(
+async def test_a_lease_that_cannot_be_withdrawn_does_not_stop_the_shutdown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The process ends all the same."""
-    get_watch()
+    get_supervisor()
 
     async def fail(self: MemoryHistory, process: str) -> None:
         raise ConnectionError("away")
 
     monkeypatch.setattr(MemoryHistory, "awithdraw", fail)
     await shutdown.end(asyncio.get_running_loop())
-    assert "The lease could not be given up." in caplog.text
+    assert "The lease could not be withdrawn." in caplog.text
 
 
 @in_memory
-async def test_without_presence_there_is_no_lease(settings) -> None:
-    """Nothing is written then, at the end neither."""
+async def test_without_presence_no_lease_is_withdrawn(settings) -> None:
     settings.EVENTSOURCE_PRESENCE_SECONDS = None
-    await get_watch().withdraw()
+    await get_supervisor().lease.withdraw()
 
 
 # Missing tables
@@ -1028,7 +1074,7 @@ async def test_without_presence_there_is_no_lease(settings) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the calls of the history by the tasks."""
     calls: Counter[str] = Counter()
-    for name in ("aheads", "aannounce", "alocate"):
+    for name in ("achanges", "aannounce", "alocate"):
         method = getattr(DatabaseHistory, name)
 
         async def call(*args: Any, _name: str = name, _method: Any = method) -> Any:
@@ -1042,27 +1088,27 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.django_db(transaction=True, databases=ALIASES)
 @pytest.mark.parametrize("using", ALIASES)
-async def test_missing_tables_are_one_line_and_no_restart(
+async def test_missing_tables_are_logged_in_one_line_and_need_no_restart(
     settings,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     calls: Counter[str],
     using: str,
 ) -> None:
-    """Three tasks and a request fail; the log names the command, after which streams work."""
+    """Streams work after `manage.py migrate`."""
 
     def migrate(*target: str) -> None:
         call_command("migrate", "django_eventsource", *target, database=using, verbosity=0)
 
     settings.EVENTSOURCE_HISTORY = {"OPTIONS": {"USING": using}}
-    monkeypatch.setattr(troubles, "_last_line", -troubles.UNMIGRATED_SECONDS)
-    monkeypatch.setattr(hub_module, "BACK_OFF_SECONDS", (0.02,))
+    troubles._logged_at.clear()
+    monkeypatch.setattr(Hub, "backoff_seconds", (0.02,))
     await sync_to_async(migrate)("zero")
     try:
         response = await AsyncClient().get("/events/poll/t")
         assert b"\nretry: " in response.content, "the listener comes back later"
-        get_watch()._changed.add("t")
-        names = ("aheads", "aannounce", "alocate")
+        get_supervisor().lease._changed.add("t")
+        names = ("achanges", "aannounce", "alocate")
         await until(lambda: all(calls[name] >= 3 for name in names))
     finally:
         await sync_to_async(migrate)()
@@ -1074,10 +1120,10 @@ async def test_missing_tables_are_one_line_and_no_restart(
     body = b""
     while b"works" not in body:
         body += await anext(stream)
-    await heard()
+    await receiver_is_ready()
     await aclose_streams(token="t")
     await read_to_end(stream)
-    assert stream.reason is Reason.CLOSED
+    assert stream.reason is Reason.CLOSE_REQUESTED
     tasks = list(get_hub()._tasks)
     for task in tasks:
         task.cancel()

@@ -1,4 +1,4 @@
-"""The demo site as its users run it: a process, with a database of its own."""
+"""The demo site as users run it: a process with a database of its own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.waiting import PROCESS_PATIENCE_SECONDS
+
+ROOT = Path(__file__).resolve().parents[2]
 MANAGE = ROOT / "testproject" / "manage.py"
-DEADLINE = 60.0
-"""Seconds after which a process that says nothing fails its test."""
 
 PUBLISH = """
 import sys, django
@@ -26,7 +26,10 @@ for value in values:
 
 
 class DemoSite:
-    """A demo site that can be started again on the port and the database that it had."""
+    """A demo site that can be started again on the same port and database."""
+
+    command: tuple[str, ...] = (sys.executable, str(MANAGE))
+    """The command that runs ``manage.py``."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -41,8 +44,13 @@ class DemoSite:
 
     @property
     def url(self) -> str:
-        """The demo page."""
+        """The URL of the start page."""
         return f"http://127.0.0.1:{self.port}/"
+
+    @property
+    def live_url(self) -> str:
+        """The URL of the page with the chart and the events of a token."""
+        return f"{self.url}live/"
 
     @property
     def errors(self) -> str:
@@ -50,10 +58,10 @@ class DemoSite:
         return (self.directory / "stderr").read_text()
 
     def start(self) -> str:
-        """Start it in a process group of its own; give the line in which it says where it is."""
+        """Start it in a process group of its own; return the line with its URL."""
         with (self.directory / "stderr").open("a") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(MANAGE), "demo", "--port", str(self.port)],
+                [*self.command, "demo", "--port", str(self.port)],
                 env=self.env,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -61,7 +69,7 @@ class DemoSite:
                 start_new_session=True,
             )
         assert self.process.stdout is not None
-        select.select([self.process.stdout], [], [], DEADLINE)
+        select.select([self.process.stdout], [], [], PROCESS_PATIENCE_SECONDS)
         line = self.process.stdout.readline()
         match = re.search(r":(\d+)/", line)
         assert match, self.errors
@@ -69,17 +77,17 @@ class DemoSite:
         return line
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal and wait for the end; give the exit status."""
+        """Send a signal, wait for the end, and return the exit status."""
         assert self.process is not None
         self.process.send_signal(how)
         try:
-            return self.process.wait(DEADLINE)
+            return self.process.wait(PROCESS_PATIENCE_SECONDS)
         finally:
             assert self.process.stdout is not None
             self.process.stdout.close()
 
     def kill(self) -> None:
-        """End it as a power failure does, if it runs."""
+        """Kill the process if it runs, as a power failure does."""
         if self.process is not None and self.process.poll() is None:
             self.stop(signal.SIGKILL)
 
@@ -87,8 +95,14 @@ class DemoSite:
         """Publish events, one for each value, in another process."""
         self.run(PUBLISH, token, action, *values)
 
-    def run(self, code: str, *args: str) -> None:
-        """Run code with the site's settings, in another process."""
-        subprocess.run(
-            [sys.executable, "-c", code, *args], env=self.env, check=True, timeout=DEADLINE
+    def run(self, code: str, *args: str) -> str:
+        """Run code with the site's settings, in another process; return what it prints."""
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args],
+            env=self.env,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=PROCESS_PATIENCE_SECONDS,
         )
+        return done.stdout

@@ -1,8 +1,8 @@
-"""The histories that the contract is tested over, and short ways to fill them."""
+"""The histories that the contract is tested with, and helpers to fill them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -11,63 +11,82 @@ import pytest
 from django.db import OperationalError, connections
 from django.db.models import F
 
-from django_eventsource.history import Draft, Entry, History, Kind
-from django_eventsource.history.database import DatabaseHistory
+from django_eventsource.history import Draft, Entry, History
+from django_eventsource.history.database.backend import DatabaseHistory
+from django_eventsource.history.database.writer import Writer
 from django_eventsource.history.memory import MemoryHistory
-from django_eventsource.history.redis import RedisHistory
+from django_eventsource.history.redis.backend import RedisHistory
 from django_eventsource.models import ProcessLease
-from tests import mariadb
-from tests.valkey import shared_server
+from tests.support import mariadb
+from tests.support.valkey import shared_server
+
+
+def with_orm(using: str = "default", **options: Any) -> DatabaseHistory:
+    """Return a database history that publishes as it does on a database without SQL for it."""
+    history = DatabaseHistory(USING=using, **options)
+    history._writer = Writer(using, history._outbox, history.first_seq)
+    return history
+
+
+def to_outbox(
+    history: DatabaseHistory, *drafts: Draft, token: str = "t"
+) -> Callable[[], Sequence[Entry | None]]:
+    """Stage drafts in the outbox, also on SQLite, where only older versions did."""
+    return Writer.stage(history._writer, token, drafts)
+
 
 HISTORIES = {
     "memory": MemoryHistory,
     "sqlite": DatabaseHistory,
+    "sqlite-orm": with_orm,
     "postgres": lambda **options: DatabaseHistory(USING="postgres", **options),
+    "postgres-orm": lambda **options: with_orm("postgres", **options),
     "mariadb": lambda **options: DatabaseHistory(USING="mariadb", **options),
     "redis": lambda **options: RedisHistory(HOSTS=[shared_server().url], **options),
+    "redis-outbox": lambda **options: RedisHistory(
+        HOSTS=[shared_server().url], OUTBOX=True, **options
+    ),
 }
 
 MARIADB = pytest.param(
     "mariadb", marks=pytest.mark.skipif(bool(mariadb.MISSING), reason=mariadb.MISSING)
 )
 NAMES = [*(name for name in HISTORIES if name != "mariadb"), MARIADB]
-"""The histories to run the contract over."""
+"""The names of the histories to test the contract with."""
 SERVERS = ["postgres", MARIADB]
-"""The databases where writers do not queue for one lock."""
+"""The databases with more than one write lock."""
 DATABASES = ["default", *SERVERS]
-"""The databases to run the database history on."""
+"""The databases to test the database history with."""
 ALIASES = ["default", "postgres", *([] if mariadb.MISSING else ["mariadb"])]
-"""Those that are there."""
+"""The aliases of the databases that are installed."""
 
 
 def make(name: str, **options: object) -> History:
-    """Make a history by its name in the contract."""
+    """Return a history by its name in ``NAMES``."""
     return HISTORIES[name](**options)
 
 
-def draft(text: str = "x", *, own_id: str | None = None, kind: Kind = Kind.EVENT) -> Draft:
-    """Make a draft with a text as its data."""
-    action = {Kind.EVENT: "ping", Kind.RETRY: "retry", Kind.FINISH: "close"}[kind]
-    return Draft(action=action, data=text.encode(), event_id=own_id, kind=kind)
-
-
-def add(history: History, *texts: str, token: str = "t") -> list[Entry]:
-    """Append one event for each text."""
-    return history.append(token, [draft(text) for text in texts])
-
-
-def texts(entries: Iterable[Entry]) -> list[str]:
-    """Give the entries' data as texts."""
-    return [entry.draft.data.decode() for entry in entries]
+def before_oldest(history: History, token: str = "t") -> int:
+    """Return the position before the oldest event kept; the newest one if none is kept."""
+    if isinstance(history, MemoryHistory):
+        if epoch := history._epochs.get(token):
+            return epoch.kept - 1
+    elif isinstance(history, RedisHistory):
+        rows = history._host(token).client.xrange(*history._keys(token, "events"), count=1)
+        for entry_id, fields in rows:
+            return int(fields.get(b"p", int(entry_id.partition(b"-")[0]) - 1))
+    elif head := history._head(token)[0]:
+        return head.kept - 1
+    return history.newest(token)[0]
 
 
 def age(history: History, seconds: float) -> None:
-    """Make all that the history holds older by as much."""
+    """Age all events and leases of a history."""
     if isinstance(history, MemoryHistory):
-        for life in history._lives.values():
-            life.updated -= seconds
-            life.entries = {
-                seq: (at - seconds, entry) for seq, (at, entry) in life.entries.items()
+        for epoch in history._epochs.values():
+            epoch.updated -= seconds
+            epoch.entries = {
+                seq: (at - seconds, entry) for seq, (at, entry) in epoch.entries.items()
             }
         for lease in history._leases.values():
             lease.until -= seconds
@@ -84,11 +103,13 @@ def age(history: History, seconds: float) -> None:
 
 
 def age_server(client: Any, seconds: float) -> None:
-    """Make all that a Redis server holds older by as much."""
+    """Age all keys of a Redis server that expire."""
     by = int(seconds * 1_000_000)
     for key in client.scan_iter("*"):
         if key.endswith(b":floor"):
             client.hincrby(key, "made", -by)
+        elif key.endswith(b":head"):
+            client.hincrby(key, "oldest", -by)
         elif key.endswith(b":events"):
             expires_in = client.pttl(key)
             entries = client.xrange(key)
@@ -102,7 +123,7 @@ def age_server(client: Any, seconds: float) -> None:
 
 
 def in_thread(work: Callable[[], object]) -> object:
-    """Run work in a thread with connections of its own, and close them."""
+    """Run work in a thread with its own database connections, and close them."""
 
     def run() -> object:
         try:
@@ -115,11 +136,11 @@ def in_thread(work: Callable[[], object]) -> object:
 
 
 NO_SUCH_THREAD = 1094
-"""MariaDB's number of the error that a connection is not there."""
+"""MariaDB: ER_NO_SUCH_THREAD, the connection to kill does not exist."""
 
 
 def cut_connections(using: str) -> None:
-    """End every connection to a database server but this thread's own, at the server."""
+    """End every connection at a database server, except that of this thread."""
     with connections[using].cursor() as cursor:
         if using == "postgres":
             cursor.execute(
@@ -140,8 +161,8 @@ def cut_connections(using: str) -> None:
             try:
                 cursor.execute(f"KILL {pid}")
             except OperationalError as error:
-                if error.args[0] != NO_SUCH_THREAD:  # it has ended by itself
+                if error.args[0] != NO_SUCH_THREAD:  # the connection has ended meanwhile
                     raise
         while found & others():
-            pass  # one that was killed is there until it notices
+            pass  # a killed connection stays in the list for a while
     connections[using].close()

@@ -1,4 +1,4 @@
-"""Listeners on real sockets, many of them in one event loop."""
+"""Listeners on real sockets, several in one event loop."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
-from django_eventsource.frames import Decoder, ServerSentEvent
-from tests.processes import DEADLINE
+from django_eventsource.protocol.frames import Decoder, ServerSentEvent
+from tests.support.waiting import PROCESS_PATIENCE_SECONDS
 
 
 class Connection:
-    """One open stream. HTTP/1.0, so that the body is what the server writes."""
+    """One open stream over HTTP/1.0, so that the body is what the server writes."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: int, head: str
@@ -31,7 +32,7 @@ class Connection:
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         writer.write("\r\n".join([*lines, "", ""]).encode())
         try:
-            async with asyncio.timeout(DEADLINE):
+            async with asyncio.timeout(PROCESS_PATIENCE_SECONDS):
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         except BaseException:
             writer.transport.abort()
@@ -39,54 +40,94 @@ class Connection:
         return cls(reader, writer, int(head.split()[1]), head)
 
     async def read(self) -> bytes:
-        """Give what comes next; nothing at the end."""
-        async with asyncio.timeout(DEADLINE):
+        """Return the next bytes; nothing at the end."""
+        async with asyncio.timeout(PROCESS_PATIENCE_SECONDS):
             return await self.reader.read(65536)
 
-    def close(self) -> None:
-        self.writer.transport.abort()
-
-
-class HTTP11:
-    """One open stream over HTTP/1.1, whose body has an end that can be seen."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    @classmethod
-    async def open(cls, address: tuple[str, int], path: str) -> HTTP11:
-        reader, writer = await asyncio.open_connection(*address)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        async with asyncio.timeout(DEADLINE):
-            head = await reader.readuntil(b"\r\n\r\n")
-        assert head.split()[1] == b"200"
-        assert b"transfer-encoding: chunked" in head.lower()
-        return cls(reader, writer)
+    async def read_until(self, text: bytes) -> bytes:
+        """Read up to a text. A keepalive may come before it."""
+        body = b""
+        while text not in body:
+            data = await self.read()
+            assert data, body
+            body += data
+        return body
 
     async def rest(self) -> bytes:
-        """Read all chunks, up to the last one, which is empty."""
+        """Read up to the end."""
         body = b""
-        async with asyncio.timeout(DEADLINE):
-            while size := int(await self.reader.readline(), 16):
-                body += await self.reader.readexactly(size)
-                assert await self.reader.readline() == b"\r\n"
-            assert await self.reader.readline() == b"\r\n"
+        while data := await self.read():
+            body += data
         return body
 
     def close(self) -> None:
         self.writer.transport.abort()
 
 
-def comes_back_ms(body: bytes) -> int:
-    """The reconnection time that a body ends with."""
+class HTTP11:
+    """One open stream over HTTP/1.1, whose body has a marked end."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def open(cls, address: tuple[str, int], path: str, **options: Any) -> HTTP11:
+        connection = cls(*await asyncio.open_connection(*address, **options))
+        await connection.request(path)
+        return connection
+
+    @property
+    def socket(self) -> Any:
+        """The socket of the connection."""
+        return self.writer.get_extra_info("socket")
+
+    async def chunk(self) -> bytes:
+        """Read one chunk; the last one is empty."""
+        async with asyncio.timeout(PROCESS_PATIENCE_SECONDS):
+            size = int(await self.reader.readline(), 16)
+            data = await self.reader.readexactly(size)
+            assert await self.reader.readline() == b"\r\n"
+        return data
+
+    async def rest(self) -> bytes:
+        """Read all chunks, up to the last one, which is empty."""
+        body = b""
+        while chunk := await self.chunk():
+            body += chunk
+        return body
+
+    async def request(self, path: str) -> None:
+        """Send a request, and read the head of a stream in response."""
+        self.writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        async with asyncio.timeout(PROCESS_PATIENCE_SECONDS):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+        assert head.split()[1] == b"200"
+        assert b"transfer-encoding: chunked" in head.lower()
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+
+async def events_until(connection: HTTP11, data: str) -> list[str]:
+    """Read events, up to one with these data."""
+    decoder, found = Decoder(), []
+    while data not in found:
+        chunk = await connection.chunk()
+        assert chunk, "the body has ended"
+        found += [event.data for event in decoder.feed(chunk)]
+    return found
+
+
+def reconnection_ms(body: bytes) -> int:
+    """Return the reconnection time at the end of a body."""
     field, _, value = body.rstrip(b"\n").rpartition(b"\n")[2].partition(b": ")
     assert (field, body[-2:]) == (b"retry", b"\n\n")
     return int(value)
 
 
 class Listener:
-    """Listens to one path, and comes back with its last event id until it has enough."""
+    """Listens to one path, and reconnects with its last event id until it has enough."""
 
     def __init__(
         self,

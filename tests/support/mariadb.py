@@ -1,4 +1,4 @@
-"""A MariaDB server of the tests' own, on a unix socket; or why there is none."""
+"""A MariaDB server for the tests, on a unix socket; or the reason why it cannot run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 60.0
-"""How long the server may take to start or to stop."""
+"""Seconds in which the server must start or stop."""
 
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 _SERVER = shutil.which("mariadbd", path=_PATH)
@@ -21,7 +21,7 @@ _INSTALL = shutil.which("mariadb-install-db", path=_PATH)
 
 
 def _has_driver() -> bool:
-    """Find mysqlclient, or let PyMySQL, which needs no compiler, stand in for it."""
+    """Whether mysqlclient is installed, or PyMySQL, which then stands in for it."""
     for name in ("MySQLdb", "pymysql"):
         try:
             driver = importlib.import_module(name)
@@ -35,10 +35,10 @@ def _has_driver() -> bool:
 
 
 def _closing(pymysql: Any) -> type:
-    """Give PyMySQL's connection, but closed at once where it could not be made.
+    """Return PyMySQL's connection class, changed to close its socket if it cannot connect.
 
     PyMySQL leaves the unix socket of such an attempt to the garbage collector, which
-    warns of it in whatever test comes then.
+    warns of it in a later test.
     """
 
     class Connection(pymysql.connections.Connection):
@@ -70,10 +70,10 @@ class Server:
         self.socket = directory / "socket"
         self.process: subprocess.Popen[bytes] | None = None
         directory.mkdir()
-        # As root it wants to be told that root is meant; nobody else can reach the socket.
+        # As root, the server requires the name of its user. Other users cannot open the socket.
         self.common = ["--no-defaults", f"--user={getpass.getuser()}"]
         self.common += [f"--datadir={directory / 'data'}"]
-        # When it starts it removes the temporary tables of whoever else has the same directory.
+        # At its start the server removes all temporary tables in this directory.
         (directory / "tmp").mkdir()
         self.common += [f"--tmpdir={directory / 'tmp'}"]
         with self._log() as log:
@@ -95,7 +95,7 @@ class Server:
         return (self.directory / "log").open("ab")
 
     def start(self) -> None:
-        """Start the process, and wait until it answers."""
+        """Start the process, and wait until it accepts connections."""
         with self._log() as log:
             self.process = subprocess.Popen(
                 [
@@ -121,7 +121,7 @@ class Server:
             return connection.connect_ex(str(self.socket)) == 0
 
     def stop(self) -> None:
-        """End the process in order."""
+        """Stop the process in order."""
         assert self.process is not None
         self.process.terminate()
         self.process.wait(SECONDS)

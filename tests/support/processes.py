@@ -1,4 +1,4 @@
-"""Real processes for the tests: Python code with Django set up, and servers."""
+"""Processes for the tests: Python code with Django set up, and servers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 from django.conf import settings
 
-ROOT = Path(__file__).resolve().parent.parent
-DEADLINE = 60.0
-"""Seconds after which a process or a socket that says nothing fails its test."""
+from tests.support.waiting import PROCESS_PATIENCE_SECONDS
 
-PLAIN = "tests.plain_asgi:application"
+ROOT = Path(__file__).resolve().parents[2]
+
+PLAIN = "tests.support.plain_asgi:application"
 """Django's application without the wrapper: streams are served inside of it."""
 
 POSTGRES = {
@@ -31,7 +31,7 @@ POSTGRES = {
 
 
 def environment(**overrides: Any) -> dict[str, str]:
-    """Give the environment of a process on the test databases, with settings changed."""
+    """Return the environment of a process on the test databases, with changed settings."""
     return {
         **os.environ,
         "DJANGO_SETTINGS_MODULE": "testproject.test_settings",
@@ -58,9 +58,9 @@ def start_python(code: str, *args: object, **overrides: Any) -> subprocess.Popen
 
 
 def run_python(code: str, *args: object, **overrides: Any) -> str:
-    """Run such a process to its end and give what it printed."""
+    """Run such a process to its end and return what it printed."""
     process = start_python(code, *args, **overrides)
-    out, err = process.communicate(timeout=DEADLINE)
+    out, err = process.communicate(timeout=PROCESS_PATIENCE_SECONDS)
     assert process.returncode == 0, err
     return out
 
@@ -68,8 +68,8 @@ def run_python(code: str, *args: object, **overrides: Any) -> str:
 class Server:
     """An ASGI server process on a socket that the test keeps.
 
-    The socket listens before the server runs, so that nobody waits for it to be ready,
-    and connections made while it is restarted wait in the socket's queue.
+    The socket listens before the server runs. So a test need not wait for the server, and
+    connections made during a restart wait in the socket's queue.
     """
 
     def __init__(self, kind: str, *options: str, **overrides: Any) -> None:
@@ -91,7 +91,12 @@ class Server:
         port = str(self.port)
         commands = {
             "daphne": ["daphne", "-v", "0", "--fd", fd],
-            "uvicorn": ["uvicorn", "--log-level", "warning", "--fd", fd],
+            # uvicorn would use uvloop and httptools where they are installed. Options of a test
+            # come later, and replace these.
+            "uvicorn": [
+                *["uvicorn", "--log-level", "warning", "--fd", fd],
+                *["--loop", "asyncio", "--http", "h11"],
+            ],
             "hypercorn": ["hypercorn", "-w", "0", "--bind", f"fd://{fd}", "--log-level", "ERROR"],
             "gunicorn": ["gunicorn", "-k", "asgi", "--bind", f"fd://{fd}", "--log-level", "error"],
             "granian": [
@@ -114,17 +119,17 @@ class Server:
             self._until_ready()
 
     def _until_ready(self) -> None:
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + PROCESS_PATIENCE_SECONDS
         while True:
             try:
-                socket.create_connection(self.address, DEADLINE).close()
+                socket.create_connection(self.address, PROCESS_PATIENCE_SECONDS).close()
                 return
             except ConnectionRefusedError:
                 assert time.monotonic() < deadline, self.log.read_text()
                 time.sleep(0.02)
 
     def stop(self, how: signal.Signals = signal.SIGKILL) -> int:
-        """End the process, at once unless told otherwise, and give its exit status."""
+        """End the process, by default at once, and return its exit status."""
         assert self.process is not None
         workers = []
         if how == signal.SIGKILL:
@@ -134,10 +139,10 @@ class Server:
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
                 worker.kill()
-        return self.process.wait(DEADLINE)
+        return self.process.wait(PROCESS_PATIENCE_SECONDS)
 
     def close(self) -> None:
-        """End the process if it runs, and the socket."""
+        """End the process if it runs, and close the socket."""
         if self.process is not None and self.process.poll() is None:
             self.stop()
         self.socket.close()
@@ -145,7 +150,7 @@ class Server:
 
 @contextmanager
 def serve(kind: str, *options: str, **overrides: Any) -> Iterator[Server]:
-    """Run a server for the time of a block."""
+    """Run a server during a block."""
     server = Server(kind, *options, **overrides)
     try:
         server.start()

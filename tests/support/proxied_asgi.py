@@ -1,4 +1,4 @@
-"""The application as README wraps it for servers that have no option to trust a proxy."""
+"""The application as docs/howto/nginx.rst wraps it for servers without an option to do so."""
 
 from granian.utils.proxies import wrap_asgi_with_proxy_headers
 from hypercorn.middleware import ProxyFixMiddleware

@@ -1,16 +1,17 @@
-"""A server that plays a script: one function for each connection, on a real socket.
+"""A server that runs a script: one function for each connection, on a real socket.
 
 ::
 
-    with Server(stream(b"data: 1\\n\\n"), answer(204)) as server:
+    with Server(stream(b"data: 1\\n\\n"), respond(204)) as server:
         assert [event.data for event in EventSourceClient(server.url)] == ["1"]
     assert server.requests[1].path == "/"
 
-What goes wrong in a script is raised when the ``with`` block is left.
+The end of the ``with`` block raises the error of a script.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import socket
 import ssl
@@ -21,12 +22,12 @@ from dataclasses import dataclass, field
 from typing import Self
 
 TIMEOUT_SECONDS = 10
-"""Far more than anything takes: a script that hangs fails instead."""
+"""Seconds after which a script that hangs fails."""
 
 
 @dataclass
 class Request:
-    """One request, as it was sent: header names in lower case, values as bytes."""
+    """One request: header names in lower case, values as bytes."""
 
     method: str
     path: str
@@ -35,14 +36,14 @@ class Request:
 
 
 class Connection:
-    """One accepted connection, for a script to play on."""
+    """One accepted connection, on which a script sends and receives."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._file = sock.makefile("rb")
 
     def read_request(self) -> Request | None:
-        """Read one request, or give ``None`` when the client closed instead."""
+        """Return one request, or ``None`` if the client closed the connection."""
         line = self._file.readline().decode()
         if not line:
             return None
@@ -55,11 +56,11 @@ class Connection:
         return request
 
     def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
+        """Send bytes without a change."""
         self._sock.sendall(data)
 
     def head(self, status: int = 200, **headers: str) -> None:
-        """Send a status line and headers; underscores in names stand for hyphens."""
+        """Send a status line and headers, with hyphens for the underscores in their names."""
         lines = [f"HTTP/1.1 {status} Whatever"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         self.send("\r\n".join([*lines, "", ""]).encode())
@@ -73,11 +74,11 @@ class Connection:
         self.send(b"%x\r\n%s\r\n" % (len(data), data))
 
     def end(self) -> None:
-        """End a chunked body properly."""
+        """Send the end of a chunked body."""
         self.send(b"0\r\n\r\n")
 
     def reset(self) -> None:
-        """Make the close a reset (RST), as of a process that was killed."""
+        """Make close() reset the connection (RST), as the kill of a process does."""
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def wait_for_close(self) -> None:
@@ -95,7 +96,7 @@ Step = Callable[[Connection], None]
 
 
 class Server:
-    """Play one step for each connection, in order, in a thread."""
+    """Run one step for each connection, in order, in a thread."""
 
     def __init__(self, *steps: Step, context: ssl.SSLContext | None = None) -> None:
         self.requests: list[Request] = []
@@ -115,18 +116,18 @@ class Server:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        # Wakes accept() where the script has not come to its end.
+        # Wake accept() if the script has not ended.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(TIMEOUT_SECONDS)
-        assert not self._thread.is_alive(), "the script did not come to its end"
+        assert not self._thread.is_alive(), "the script did not end"
         if kind is None:
             if self._error is not None:
                 raise self._error
             assert not self._steps, f"{len(self._steps)} connections were never made"
 
     def _run(self) -> None:
-        # Once it is closed, whoever comes is refused.
+        # After it is closed, connections are refused.
         with self._listener:
             while self._steps:
                 try:
@@ -158,8 +159,8 @@ class Server:
             connection.close()
 
 
-def answer(status: int, body: bytes = b"", **headers: str) -> Step:
-    """A whole answer with its length."""
+def respond(status: int, body: bytes = b"", **headers: str) -> Step:
+    """Return a step that sends a complete response with its length."""
 
     def step(connection: Connection) -> None:
         connection.head(status, Content_Length=str(len(body)), **headers)
@@ -169,12 +170,12 @@ def answer(status: int, body: bytes = b"", **headers: str) -> Step:
 
 
 def redirect(location: str, status: int = 302) -> Step:
-    """A redirect."""
-    return answer(status, Location=location)
+    """Return a step that sends a redirect."""
+    return respond(status, Location=location)
 
 
 def stream(*chunks: bytes) -> Step:
-    """An event stream that ends properly."""
+    """Return a step that sends an event stream and its end."""
 
     def step(connection: Connection) -> None:
         connection.open_stream()
@@ -186,7 +187,7 @@ def stream(*chunks: bytes) -> Step:
 
 
 def cut(*chunks: bytes) -> Step:
-    """An event stream that is cut off between two chunks."""
+    """Return a step that closes an event stream between two chunks, without its end."""
 
     def step(connection: Connection) -> None:
         connection.open_stream()
@@ -196,8 +197,8 @@ def cut(*chunks: bytes) -> Step:
     return step
 
 
-def hold(*chunks: bytes) -> Step:
-    """An event stream that stays open until the client closes it."""
+def keep_open(*chunks: bytes) -> Step:
+    """Return a step that keeps an event stream open until the client closes it."""
 
     def step(connection: Connection) -> None:
         connection.open_stream()
@@ -206,3 +207,8 @@ def hold(*chunks: bytes) -> Step:
         connection.wait_for_close()
 
     return step
+
+
+def basic_auth(user: str, password: str) -> bytes:
+    """Return the ``Authorization`` header of HTTP Basic, in UTF-8 (RFC 7617)."""
+    return b"Basic " + base64.b64encode(f"{user}:{password}".encode())

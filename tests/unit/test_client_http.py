@@ -1,13 +1,13 @@
-"""Where requests of the clients go, and how failures are put in words."""
+"""The URLs, headers and error messages of the clients."""
 
 from __future__ import annotations
 
 import traceback
 
-import httpx
+import httpx2
 import pytest
 
-from django_eventsource import connection as http
+from django_eventsource.client import _http as http
 
 
 @pytest.mark.parametrize(
@@ -21,34 +21,32 @@ from django_eventsource import connection as http
         ("http://b/", False),
     ],
 )
-def test_which_redirects_carry_headers(url: str, carries: bool) -> None:
-    """The same origin does, and so does its upgrade from http to https; no other does."""
+def test_only_the_same_origin_or_its_upgrade_receives_headers(url: str, carries: bool) -> None:
+    """A redirect from http to https of the same host is an upgrade."""
     target = http.Target("http://a/", {"X-Api-Key": "secret"}, None)
-    request = httpx.Request("GET", url, headers=target.headers)
-    target.guard(request)
+    request = httpx2.Request("GET", url, headers=target.headers)
+    target.protect_secrets(request)
     assert ("x-api-key" in request.headers) is carries
 
 
-def test_no_downgrade_carries_headers() -> None:
-    """A redirect from https to http carries no credentials."""
+def test_a_redirect_from_https_to_http_receives_no_headers() -> None:
     target = http.Target("https://a/", {"X-Api-Key": "secret"}, None)
-    request = httpx.Request("GET", "http://a/", headers=target.headers)
-    target.guard(request)
+    request = httpx2.Request("GET", "http://a/", headers=target.headers)
+    target.protect_secrets(request)
     assert "x-api-key" not in request.headers
 
 
-def test_an_error_without_words() -> None:
-    """An exception without a message is told by its name."""
-    assert http.reason(httpx.ReadError("")) == "ReadError"
-    assert http.reason(httpx.ConnectError("Two\nlines.")) == "two lines"
+def test_the_reason_of_an_error_without_a_message_is_its_class() -> None:
+    """The reason of another error is its message, on one line."""
+    assert http.reason(httpx2.ReadError("")) == "ReadError"
+    assert http.reason(httpx2.ConnectError("Two\nlines.")) == "two lines"
 
 
 @pytest.mark.parametrize(
     "url",
     ["", "x", "/poll/x", "ftp://host/", "http://", "http:///x", "http://h:x/", "http://[::1/"],
 )
-def test_bad_urls(url: str) -> None:
-    """What is no http or https URL with a host is refused at once."""
+def test_a_url_that_is_not_http_or_has_no_host_raises(url: str) -> None:
     with pytest.raises(ValueError, match="is not a valid http:// or https:// URL with a host"):
         http.Target(url, {}, None)
 
@@ -66,8 +64,8 @@ SECRET_URLS = [
 
 
 @pytest.mark.parametrize(("url", "shown"), SECRET_URLS)
-def test_a_bad_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
-    """The error of a bad URL contains neither user nor password nor query."""
+def test_the_error_of_a_url_contains_no_secrets(url: str, shown: str) -> None:
+    """The message has no user, password or query."""
     with pytest.raises(ValueError) as caught:
         http.Target(url, {}, None)
     assert repr(shown) in str(caught.value)
@@ -86,7 +84,6 @@ def test_a_bad_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
         ("a", "\udc80"),
     ],
 )
-def test_bad_headers(name: str, value: str) -> None:
-    """What cannot stand in a header is refused at once."""
+def test_a_header_that_cannot_be_sent_raises(name: str, value: str) -> None:
     with pytest.raises(ValueError, match="header"):
         http.Target("http://h/", {name: value}, None)

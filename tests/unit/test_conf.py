@@ -9,9 +9,11 @@ from django.core.exceptions import ImproperlyConfigured
 
 from django_eventsource.conf import (
     PROPERTIES,
+    check_count,
     check_event_class,
-    check_positive,
+    check_positive_or_none,
     conf,
+    define_defaults,
     number_error,
 )
 from django_eventsource.events import Event, JSONEvent, StringEvent, StringIdEvent
@@ -62,18 +64,6 @@ class WithNumbers(StringEvent):
     ACTIONS = [1]
 
 
-class HalfAPolicy:
-    can_listen = AllowAny.can_listen
-
-
-class PlainPolicy:
-    def can_listen(self, request, token):
-        return True
-
-    def can_send(self, request, token, action):
-        return True
-
-
 class ListensToSlash(StringEvent):
     LISTEN = "a/b"
 
@@ -82,8 +72,29 @@ class WithLineEnd(StringEvent):
     ACTIONS = ["a\nb"]
 
 
+class WithAny(StringEvent):
+    ACTIONS = ["*"]
+
+
+class WithAnyAndNames(StringEvent):
+    ACTIONS = ("ping", "*", StringEvent.FINISH)
+
+
+class WithAnyAndReset(StringEvent):
+    ACTIONS = ["*", "reset"]
+
+
+class ListensToAny(StringEvent):
+    LISTEN = "*"
+
+
+class WithAnyAsText(StringEvent):
+    ACTIONS = "*"
+
+
 NOT_A_CLASS = object()
-NAMES = "ACTIONS must be a list of action names, without slashes or line ends, not "
+NAMES = 'ACTIONS must be a list of action names, or ["*"], not '
+NAME = "ACTIONS has an action that is not valid. "
 
 
 @pytest.mark.parametrize(
@@ -113,15 +124,30 @@ NAMES = "ACTIONS must be a list of action names, without slashes or line ends, n
         ("coalesce_seconds", 0.005),
         ("login_rate", (10, 60.0)),
         ("retry_range_ms", (100, 3_600_000)),
+        ("write_to_transport", True),
+        ("metrics_token", None),
     ],
 )
-def test_default(name, value):
-    """Without any setting every property has its documented default."""
+def test_every_setting_has_its_documented_default(name, value):
     assert getattr(conf, name) == value
 
 
+def test_the_app_has_defined_the_settings_that_the_project_does_not_define(settings):
+    for name in PROPERTIES:
+        assert hasattr(settings, f"EVENTSOURCE_{name.upper()}")
+    assert settings.EVENTSOURCE_COALESCE_SECONDS == 0.005
+
+
+def test_a_default_does_not_replace_the_value_of_the_project(settings):
+    settings.EVENTSOURCE_RETRY_MS = 700
+    del settings.EVENTSOURCE_COALESCE_SECONDS
+    define_defaults()
+    assert settings.EVENTSOURCE_RETRY_MS == 700
+    assert settings.EVENTSOURCE_COALESCE_SECONDS == 0.005
+
+
 def test_every_setting_is_listed_in_order():
-    """The list that the checks go through has every property, in the order of its id."""
+    """The list that the checks use contains every property, in the order of the ids."""
     assert PROPERTIES == [
         "event_class",
         "history",
@@ -147,6 +173,8 @@ def test_every_setting_is_listed_in_order():
         "coalesce_seconds",
         "login_rate",
         "retry_range_ms",
+        "write_to_transport",
+        "metrics_token",
     ]
 
 
@@ -182,11 +210,13 @@ def test_every_setting_is_listed_in_order():
         ("LOGIN_RATE", (5, 300), (5, 300.0)),
         ("LOGIN_RATE", None, None),
         ("RETRY_RANGE_MS", [5, 5], (5, 5)),
+        ("WRITE_TO_TRANSPORT", False, False),
+        ("METRICS_TOKEN", "0123456789abcdef", "0123456789abcdef"),
     ],
     ids=str,
 )
-def test_setting_is_read_live(settings, name, given, value):
-    """A setting that is changed, as override_settings does, has its value at once."""
+def test_a_changed_setting_has_its_value_at_once(settings, name, given, value):
+    """override_settings changes it."""
     setattr(settings, f"EVENTSOURCE_{name}", given)
     found = getattr(conf, name.lower())
     assert found == value
@@ -213,18 +243,6 @@ def test_setting_is_read_live(settings, name, given, value):
         ("HISTORY", {"OPTIONS": None}, "OPTIONS must be a dictionary, not None."),
         ("POLICY", 5, "must be a dotted path, not 5."),
         ("POLICY", "nowhere.Policy", "cannot be imported: 'nowhere.Policy'"),
-        (
-            "POLICY",
-            f"{HERE}.HalfAPolicy",
-            "must name a class with `async def can_listen()` and `async def can_send()`, "
-            f"not '{HERE}.HalfAPolicy'.",
-        ),
-        (
-            "POLICY",
-            f"{HERE}.PlainPolicy",
-            "must name a class with `async def can_listen()` and `async def can_send()`, "
-            f"not '{HERE}.PlainPolicy'.",
-        ),
         ("POLICY", ".dots", "cannot be imported: '.dots'"),
         ("CHANNEL_LAYER", None, "must be an alias in CHANNEL_LAYERS (none there), not None."),
         ("CHANNEL_LAYER", "fast", "must be an alias in CHANNEL_LAYERS (none there), not 'fast'."),
@@ -279,11 +297,19 @@ def test_setting_is_read_live(settings, name, given, value):
             )
             for value in (None, 5, (1,), (0, 1), (2, 1), (1.0, 2), (True, 2), (1, 10**13))
         ),
+        *(
+            ("WRITE_TO_TRANSPORT", value, f"must be True or False, not {value!r}.")
+            for value in (None, 0, 1, "yes")
+        ),
+        *(
+            ("METRICS_TOKEN", value, "of at least 16 ASCII characters without spaces")
+            for value in (5, "", "0123456789abcde", "0123456789 abcdef", "0123456789äbcdef")
+        ),
     ],
     ids=str,
 )
-def test_bad_setting_is_told(settings, name, given, reason):
-    """A bad value raises an error with the setting, the value and what is expected."""
+def test_a_value_that_is_not_valid_raises_an_error(settings, name, given, reason):
+    """The error contains the setting, the value and what is expected."""
     setattr(settings, f"EVENTSOURCE_{name}", given)
     with pytest.raises(ImproperlyConfigured) as caught:
         getattr(conf, name.lower())
@@ -291,8 +317,15 @@ def test_bad_setting_is_told(settings, name, given, reason):
     assert reason in str(caught.value)
 
 
-def test_channel_layer_is_one_of_those_configured(settings):
-    """An alias is looked up in CHANNEL_LAYERS, and the error lists what is there."""
+def test_the_error_of_a_secret_does_not_contain_it(settings):
+    settings.EVENTSOURCE_METRICS_TOKEN = "too short"
+    with pytest.raises(ImproperlyConfigured) as caught:
+        _ = conf.metrics_token
+    assert "too short" not in str(caught.value)
+
+
+def test_the_channel_layer_must_be_an_alias_in_channel_layers(settings):
+    """The error lists the aliases."""
     settings.CHANNEL_LAYERS = {"default": {}, "fast": {}}
     settings.EVENTSOURCE_CHANNEL_LAYER = "fast"
     assert conf.channel_layer == "fast"
@@ -302,37 +335,62 @@ def test_channel_layer_is_one_of_those_configured(settings):
 
 
 def test_history_options_are_a_copy(settings):
-    """Whoever is given the options cannot change the setting with them."""
+    """A change of the options does not change the setting."""
     settings.EVENTSOURCE_HISTORY = {"OPTIONS": {"MAX_AGE": 5}}
     conf.history[1].clear()
     assert conf.history[1] == {"MAX_AGE": 5}
 
 
 @pytest.mark.parametrize(
-    "cls", [StringIdEvent, WithTuple], ids=lambda event_class: event_class.__name__
+    "cls",
+    [StringIdEvent, WithTuple, WithAny, WithAnyAndNames],
+    ids=lambda event_class: event_class.__name__,
 )
-def test_usable_event_class(cls):
-    """A usable class is given back."""
+def test_check_event_class_returns_a_valid_class(cls):
     assert check_event_class(cls) is cls
+
+
+def test_check_event_class_checks_a_list_that_was_changed_again():
+    class Changing(StringEvent):
+        ACTIONS = ["ping"]
+
+    assert check_event_class(Changing) is Changing
+    Changing.ACTIONS.append("pong")
+    assert check_event_class(Changing) is Changing
+    Changing.ACTIONS.append("reset")
+    for _ in range(2):
+        with pytest.raises(ImproperlyConfigured, match="reserved"):
+            check_event_class(Changing)
+    Changing.ACTIONS.pop()
+    assert check_event_class(Changing) is Changing
+    Changing.LISTEN = "a/b"
+    with pytest.raises(ImproperlyConfigured, match="slash"):
+        check_event_class(Changing)
 
 
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
-        (WithReset, "lists the action 'reset', which is reserved"),
-        (ListensForReset, "lists the action 'reset', which is reserved"),
-        (WithCursor, "lists the action 'cursor', which is reserved"),
-        (WithSlash, f"{NAMES}['ping/pong']."),
-        (WithLineEnd, f"{NAMES}['a\\nb']."),
-        (ListensToSlash, "LISTEN must be an action name, not 'a/b'."),
-        (WithNothing, f"{NAMES}['ping', '']."),
+        (WithReset, f"{NAME}The action 'reset' is reserved"),
+        (WithAnyAndReset, f"{NAME}The action 'reset' is reserved"),
+        (
+            ListensForReset,
+            "LISTEN has an action that is not valid. The action 'reset' is reserved",
+        ),
+        (WithCursor, f"{NAME}The action 'cursor' is reserved"),
+        (WithSlash, f"{NAME}The action 'ping/pong' contains a slash."),
+        (WithLineEnd, f"{NAME}The action 'a\\nb' contains LF at position 1."),
+        (ListensToSlash, "LISTEN has an action that is not valid. The action 'a/b' contains a"),
+        (ListensToAny, "LISTEN has an action that is not valid. '*' is not an action: "),
+        (WithNothing, f"{NAME}The action is empty."),
         (WithText, f"{NAMES}'ping'."),
-        (WithNumbers, f"{NAMES}[1]."),
+        (WithAnyAsText, f"{NAMES}'*'."),
+        (WithNumbers, f"{NAME}An action must be a text, not 1."),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_unusable_event_class(settings, cls, reason):
-    """A class with a reserved or impossible action is refused, named in full."""
+def test_an_event_class_with_a_reserved_or_malformed_action_is_refused(settings, cls, reason):
+    """The error contains the full name of the class."""
     settings.EVENTSOURCE_EVENT_CLASS = f"{HERE}.{cls.__name__}"
     for ask in (lambda: check_event_class(cls), lambda: conf.event_class):
         with pytest.raises(ImproperlyConfigured) as caught:
@@ -341,16 +399,22 @@ def test_unusable_event_class(settings, cls, reason):
         assert reason in str(caught.value)
 
 
-def test_positive_number_of_any_name():
-    """A number that is given elsewhere than in the settings is checked in the same way."""
-    assert check_positive("keepalive_seconds", 5) == 5.0
-    assert check_positive("keepalive_seconds", None) is None
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "1", None, 10**13])
+def test_only_positive_whole_numbers_pass_the_check(value):
+    """The error contains the name, the value and what is expected."""
+    assert check_count("tokens", 5) == 5
+    with pytest.raises(ImproperlyConfigured, match=f"^tokens must be .*, not {value!r}.$"):
+        check_count("tokens", value)
+
+
+def test_check_positive_or_none_returns_a_float_or_none():
+    assert check_positive_or_none("keepalive_seconds", 5) == 5.0
+    assert check_positive_or_none("keepalive_seconds", None) is None
     with pytest.raises(ImproperlyConfigured, match=r"^keepalive_seconds must be .*, not 0\.$"):
-        check_positive("keepalive_seconds", 0)
+        check_positive_or_none("keepalive_seconds", 0)
 
 
-def test_number_error_is_a_whole_sentence():
-    """The error of a number says the setting, what is expected and what was given."""
+def test_number_error_contains_the_name_the_range_and_the_value():
     error = number_error("EVENTSOURCE_X", "1", "a positive number")
     assert isinstance(error, ImproperlyConfigured)
     assert str(error) == "EVENTSOURCE_X must be a positive number, not '1'."

@@ -1,4 +1,4 @@
-"""manage.py create_grant."""
+"""``manage.py create_grant``."""
 
 from __future__ import annotations
 
@@ -19,27 +19,53 @@ urlpatterns = [path("ev/", include("django_eventsource.urls"))]
 
 
 class OnlyClose(Event):
-    """A class whose events are all about the end."""
+    """A class whose only action is close."""
 
     LISTEN = "listen"
 
 
+class AnyAction(Event):
+    """A class that allows every action."""
+
+    ACTIONS = ["*"]
+
+
+class AnyActionAndNames(AnyAction):
+    """A class that also lists names, first those that a grant must name."""
+
+    ACTIONS = ["*", "poll", "close", "close-streams", "chat"]
+
+
+class AnyActionButExamples(AnyAction):
+    """A class whose special actions have the names of the examples."""
+
+    LISTEN = "ping"
+    FINISH = "message"
+    RETRY = "news"
+
+
+class OnlySpecial(Event):
+    """A class without an action that a grant allows by itself."""
+
+    ACTIONS = [Event.FINISH, Event.RETRY, Event.LISTEN, "close-streams"]
+
+
 @pytest.fixture(autouse=True)
 def mounted(settings: Any) -> None:
-    """Mount the URLs under a path of their own."""
+    """Mount the URLs at ``ev/``."""
     settings.ROOT_URLCONF = __name__
 
 
 def create(*arguments: str) -> tuple[Grant, str, list[list[str]]]:
-    """Run the command; give what the grant says, its text, and the words of each curl line."""
+    """Run the command; return the grant, its text, and the arguments of each curl line."""
     out = io.StringIO()
     call_command("create_grant", *arguments, stdout=out)
     text, *lines = out.getvalue().splitlines()
     return read_grant(text), text, [shlex.split(line) for line in lines]
 
 
-def test_a_grant_to_listen() -> None:
-    """Without options it grants listening, for the default time, and tells the curl line."""
+def test_without_options_the_grant_allows_listening() -> None:
+    """It expires after the default time, and a curl line is printed."""
     grant, text, lines = create("it's 42")
     assert (grant.tokens, grant.listen, grant.send) == (("it's 42",), True, False)
     assert 86_390 < grant.expires - time.time() <= 86_401
@@ -54,8 +80,8 @@ def test_a_grant_to_listen() -> None:
     ]
 
 
-def test_a_grant_to_send() -> None:
-    """--send alone grants sending only; --expires is in seconds."""
+def test_send_grants_sending_only() -> None:
+    """--expires is in seconds."""
     grant, text, lines = create("42", "--send", "--expires", "10", "-S", "-H", "h", "-P", "443")
     assert (grant.listen, grant.send) == (False, True)
     assert 5 < grant.expires - time.time() <= 11
@@ -71,8 +97,8 @@ def test_a_grant_to_send() -> None:
     ]
 
 
-def test_a_grant_for_actions() -> None:
-    """--action grants sending these actions only, and the curl line sends the first."""
+def test_action_grants_these_actions_only() -> None:
+    """The curl line sends the first action."""
     grant, _, lines = create("42", "--action", "close", "--action", "ping")
     assert (grant.listen, grant.send, grant.actions) == (False, True, ("close", "ping"))
     assert [line[-1] for line in lines] == ["http://127.0.0.1:8000/ev/close/42"]
@@ -81,17 +107,34 @@ def test_a_grant_for_actions() -> None:
     assert len(lines) == 2
 
 
-def test_a_grant_to_send_that_covers_no_action(settings: Any) -> None:
-    """With a class of which --send covers nothing the error names the way out."""
-    settings.EVENTSOURCE_EVENT_CLASS = f"{__name__}.OnlyClose"
-    with pytest.raises(CommandError, match=r"--send covers no action of OnlyClose, .* --action"):
-        create("42", "--send")
-    grant, _, _ = create("42", "--action", "close")
-    assert grant.actions == ("close",)
+def test_send_without_an_allowed_action_is_an_error(settings: Any) -> None:
+    """The error names --action."""
+    for name, actions in (("OnlyClose", "close"), ("OnlySpecial", "close, retry, poll, close-")):
+        settings.EVENTSOURCE_EVENT_CLASS = f"{__name__}.{name}"
+        with pytest.raises(
+            CommandError,
+            match=rf"--send allows no action of {name}, whose ACTIONS are {actions}.* --action",
+        ):
+            create("42", "--send")
+        grant, _, _ = create("42", "--action", "close")
+        assert grant.actions == ("close",)
 
 
-def test_a_grant_for_both() -> None:
-    """Both rights are one grant, with a line for each."""
+@pytest.mark.parametrize(
+    ("name", "action"),
+    [("AnyAction", "ping"), ("AnyActionAndNames", "chat"), ("AnyActionButExamples", "sample")],
+)
+def test_the_curl_line_of_a_class_with_any_action_sends_an_allowed_one(
+    settings: Any, name: str, action: str
+) -> None:
+    """It sends an action that the class lists, or else an example."""
+    settings.EVENTSOURCE_EVENT_CLASS = f"{__name__}.{name}"
+    grant, _, lines = create("42", "--send")
+    assert (grant.send, grant.actions) == (True, None)
+    assert [line[-1] for line in lines] == [f"http://127.0.0.1:8000/ev/{action}/42"]
+
+
+def test_listen_and_send_make_one_grant_and_two_lines() -> None:
     grant, _, lines = create("42", "--listen", "--send", "--url", "https://h/x")
     assert (grant.listen, grant.send) == (True, True)
     assert [line[-1] for line in lines] == ["https://h/x/poll/42", "https://h/x/ping/42"]
@@ -103,20 +146,21 @@ def test_a_grant_for_both() -> None:
         ("django_eventsource.events.JSONIdEvent", ['"hello"', "http://127.0.0.1:8000/ev/ping/42"]),
     ],
 )
-def test_the_line_fits_the_event_class(settings: Any, path: str, words: list[str]) -> None:
-    """What the curl line sends is something that the class accepts."""
+def test_the_curl_line_sends_a_value_that_the_class_accepts(
+    settings: Any, path: str, words: list[str]
+) -> None:
     settings.EVENTSOURCE_EVENT_CLASS = path
     _, _, lines = create("42", "--send")
     assert lines[0][-2:] == words
 
 
-def test_urls_that_are_not_mounted(settings: Any) -> None:
-    """The grant is printed all the same; what is missing is told on standard error."""
+def test_the_grant_is_printed_without_mounted_urls(settings: Any) -> None:
+    """Standard error has the reason for the missing curl line."""
     settings.ROOT_URLCONF = ()
     out, err = io.StringIO(), io.StringIO()
     call_command("create_grant", "42", "--listen", "--send", stdout=out, stderr=err)
     assert read_grant(out.getvalue().strip()).send
-    assert err.getvalue().startswith("No curl line: The project's URLs do not include")
+    assert err.getvalue().startswith("No curl line: The project's URL patterns do not include")
 
 
 @pytest.mark.parametrize(
@@ -128,8 +172,9 @@ def test_urls_that_are_not_mounted(settings: Any) -> None:
         (("42", "--action", ""), "The action is empty"),
     ],
 )
-def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
-    """A bad argument is an error, and no grant is printed."""
+def test_an_argument_that_is_not_valid_prints_no_grant(
+    arguments: tuple[str, ...], message: str
+) -> None:
     out = io.StringIO()
     with pytest.raises(CommandError, match=message):
         call_command("create_grant", *arguments, stdout=out)

@@ -1,4 +1,4 @@
-"""Cursors: several tokens on one stream, and one id that resumes them all."""
+"""Tests of cursors: one id resumes all tokens of a stream."""
 
 from __future__ import annotations
 
@@ -11,28 +11,39 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from django_eventsource import streams
-from django_eventsource.cursors import join_cursor, max_length, short_key, split_cursor
-from django_eventsource.events import CURSOR_MARK
-from django_eventsource.feeds import Feed
-from django_eventsource.frames import Decoder, ServerSentEvent
+from django_eventsource.delivery.feed import Feed
+from django_eventsource.delivery.subscription import Subscriber, Subscription
 from django_eventsource.history import Kind, Slice
 from django_eventsource.history.memory import MemoryHistory
-from django_eventsource.streams import EventStream, Reason
-from django_eventsource.subscribers import Subscriber
-from tests.histories import draft
+from django_eventsource.protocol.batches import Batch
+from django_eventsource.protocol.cursors import (
+    UNKNOWN,
+    Cursor,
+    join_cursor,
+    max_length,
+    parse_cursor,
+    parse_cursors,
+    short_key,
+)
+from django_eventsource.protocol.field_rules import CURSOR_MARK
+from django_eventsource.protocol.frames import Decoder, ServerSentEvent
+from django_eventsource.signals import Reason
+from django_eventsource.streaming import stream as streams
+from django_eventsource.streaming.stream import EventStream
+from tests.support.cursors import cursor_texts
+from tests.support.events import draft
 
 TOKENS = ["a", "b", "c", "d"]
 STEPS = 12
-"""How often the loop may run before what a stream gives counts as nothing."""
+"""Rounds of the loop after which a stream without data counts as silent."""
 
 
 @pytest.fixture(autouse=True)
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers that overflow soon, and no pauses."""
+    """Use buffers that overflow early, and no pauses."""
     request.getfixturevalue("settings").EVENTSOURCE_STREAM_BUFFER_BYTES = 1600
-    monkeypatch.setattr(streams, "BACK_OFF_SECONDS", (0,))
-    monkeypatch.setattr(streams, "STALE_SECONDS", 0)
+    monkeypatch.setattr(EventStream, "BACKOFF_SECONDS", (0,))
+    monkeypatch.setattr(EventStream, "STALE_SECONDS", 0)
 
 
 # The text
@@ -48,69 +59,100 @@ def join(tokens: dict[str, tuple[int, bool]]) -> str:
 
 
 @given(places)
-def test_what_is_joined_is_split_again(tokens: dict[str, tuple[int, bool]]) -> None:
-    """Each token gets its own cursor back; the text fits an id and the stated length."""
+def test_a_joined_cursor_is_split_into_the_cursor_of_each_token(
+    tokens: dict[str, tuple[int, bool]],
+) -> None:
+    """The text fits an id and the stated length."""
     cursor = join(tokens)
     assert cursor.isascii()
     assert cursor.isprintable()
     assert not set(cursor) & set(" +/=&?%#")
     assert len(cursor) == max_length(len(tokens))
-    assert split_cursor(cursor, list(tokens)) == {
-        token: f"{seq}+" if anew else str(seq) for token, (seq, anew) in tokens.items()
+    assert cursor_texts(cursor, list(tokens)) == {
+        token: f"{seq}+" if reopened else str(seq) for token, (seq, reopened) in tokens.items()
     }
 
 
-def test_the_order_of_tokens_does_not_matter() -> None:
-    """A token is found by its hash, wherever it stands; one that is new starts afresh."""
+def test_a_cursor_is_found_by_the_hash_of_its_token() -> None:
+    """The order of the tokens does not matter, and a new token has no cursor."""
     cursor = join({"a": (1, False), "b": (2, True), "c": (3, False)})
-    assert split_cursor(cursor, ["c", "new", "a"]) == {"c": "3", "new": None, "a": "1"}
-    assert split_cursor(cursor, ["b"]) == {"b": "2+"}
+    assert cursor_texts(cursor, ["c", "new", "a"]) == {"c": "3", "new": None, "a": "1"}
+    assert cursor_texts(cursor, ["b"]) == {"b": "2+"}
 
 
-def test_a_cursor_of_one_token_belongs_to_the_first() -> None:
-    """A page that listened to one token may come back with more."""
-    assert split_cursor("17", ["a", "b"]) == {"a": "17", "b": None}
-    assert split_cursor("x:abc", ["a", "b"]) == {"a": "x:abc", "b": None}
+def test_the_cursor_of_a_single_token_belongs_to_the_first_token() -> None:
+    """A page that listened to one token may reconnect with more."""
+    assert cursor_texts("17", ["a", "b"]) == {"a": "17", "b": None}
+    assert cursor_texts("x:abc", ["a", "b"]) == {"a": "x:abc", "b": None}
 
 
 @pytest.mark.parametrize("nothing", [None, ""])
-def test_no_cursor(nothing: str | None) -> None:
-    """A fresh listener has none for any token."""
-    assert split_cursor(nothing, ["a", "b"]) == {"a": None, "b": None}
+def test_without_a_cursor_no_token_has_one(nothing: str | None) -> None:
+    assert cursor_texts(nothing, ["a", "b"]) == {"a": None, "b": None}
 
 
 GARBAGE = ["~", "~!", "~AAAA", "~é", "~A", "~" + "A" * 20 + "=", "~" + "A" * 300, "~\n", " "]
 
 
 @pytest.mark.parametrize("text", GARBAGE)
-def test_a_damaged_cursor_is_no_fresh_start(text: str) -> None:
-    """What may have stood for every token is unknown for every token: none is silent."""
-    for token, cursor in split_cursor(text, ["a", "b"]).items():
+def test_a_damaged_cursor_is_unknown_for_every_token(text: str) -> None:
+    """No token starts without a reset."""
+    for token, cursor in parse_cursors(text, ["a", "b"]).items():
         assert cursor is not None, token
         assert not MemoryHistory().locate(token, cursor).known
 
 
 @given(st.text(max_size=60).map(lambda text: CURSOR_MARK + text) | st.text(max_size=60))
-def test_any_text_is_split(text: str) -> None:
-    """Whatever a listener sends, there is an answer that a history can look up."""
-    found = split_cursor(text, ["a", "b"])
+def test_any_text_is_parsed_into_a_cursor_that_a_history_can_look_up(text: str) -> None:
+    found = parse_cursors(text, ["a", "b"])
     assert list(found) == ["a", "b"]
     for token, cursor in found.items():
         MemoryHistory().locate(token, cursor)
 
 
-def test_a_place_that_no_history_has() -> None:
-    """The largest number that fits is simply unknown."""
-    found = split_cursor(join({"a": (2**63 - 1, True), "b": (0, False)}), ["a", "b"])
-    assert found == {"a": f"{2**63 - 1}+", "b": "0"}
+def test_the_largest_number_that_fits_is_parsed() -> None:
+    found = parse_cursors(join({"a": (2**63 - 1, True), "b": (0, False)}), ["a", "b"])
+    assert found == {"a": UNKNOWN, "b": Cursor("", 0)}
     assert not MemoryHistory().locate("a", found["a"]).known
 
 
-# Streams, driven by hand
+@pytest.mark.parametrize("text", ["a\nb", "a b", "é", "\0", "x" * 256, "~x", "~" * 10_000])
+def test_a_text_that_cannot_be_a_cursor_is_unknown(text: str) -> None:
+    """A cursor consists of up to 255 visible ASCII characters."""
+    assert parse_cursor(text) is UNKNOWN
+    assert set(parse_cursors(text, ["a", "b"]).values()) == {UNKNOWN}
+
+
+@pytest.mark.parametrize(
+    ("text", "cursor"),
+    [
+        ("17", Cursor("17", 17)),
+        ("17+", Cursor("17+", 17, reopened=True)),
+        ("!", Cursor("!", None)),
+        ("x" * 255, Cursor("x" * 255, None)),
+        ("9" * 19, Cursor("9" * 19, None)),
+    ],
+)
+def test_a_cursor_is_a_sequence_number_or_an_own_id(text: str, cursor: Cursor) -> None:
+    """Only a number of up to 18 digits is a sequence number."""
+    assert parse_cursor(text) == cursor
+    assert str(cursor) == text
+
+
+def test_a_joined_cursor_may_be_as_long_as_the_setting_allows() -> None:
+    """A page may reconnect with fewer tokens."""
+    text = join({str(n): (10**17 + n, False) for n in range(40)})
+    assert len(text) == max_length(40) > 255
+    assert parse_cursors(text, ["1"], 40) == {"1": Cursor("", 10**17 + 1)}
+    assert parse_cursors(text, ["1"]) == {"1": UNKNOWN}
+    assert parse_cursors(text, [str(n) for n in range(40)])["39"] == Cursor("", 10**17 + 39)
+
+
+# Streams without a server
 
 
 class Hub:
-    """Stands in for the hub: the test is the layer, and says when there is a gap to close."""
+    """A replacement of the hub. The test delivers the messages and starts the history checks."""
 
     def __init__(self, history: MemoryHistory) -> None:
         self.history = history
@@ -118,21 +160,27 @@ class Hub:
         self.loop = asyncio.get_running_loop()
         self.failing = False
         self.patience = 0
-        """How long a read takes, in steps of the loop."""
+        """The duration of a read, in steps of the loop."""
 
     async def subscribe(self, subscriber: Subscriber) -> None:
         for one in subscriber.subscriptions:
-            if one.finished:
+            if one.close_buffered:
                 continue
-            feed = self.feeds.setdefault(one.token, Feed(one.token, "", lambda: None))
+            feed = self.feeds.setdefault(one.token, Feed(one.token, lambda: None))
             feed.add(one)
             if feed.last is not None:
-                one.go_live()
+                feed.try_go_live(one)
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         for one in subscriber.subscriptions:
-            if one.feed is not None:
-                one.feed.remove(one)
+            if one.token in self.feeds:
+                self.feeds[one.token].remove(one)
+
+    def catch_up(self, subscription: Subscription, slice_: Slice) -> bytes:
+        return self.feeds[subscription.token].catch_up(subscription, slice_)
+
+    def flush(self, subscriber: Subscriber) -> None:
+        pass
 
     async def read(self, token: str, after: int) -> Slice:
         slice_ = self.history.read(token, after, max_bytes=20)
@@ -142,28 +190,30 @@ class Hub:
             raise ConnectionError
         return slice_
 
-    def receive(self, token: str, seq: int | None, frame: bytes, finish: bool = False) -> None:
-        """What the layer brings."""
+    def receive(self, token: str, batch: Batch) -> None:
+        """Deliver a batch of the channel layer."""
         if token in self.feeds:
-            self.feeds[token].receive(seq, [frame], finish)
+            self.feeds[token].receive(batch)
 
     def repair(self, token: str) -> None:
-        """What the hub does at a gap and at a head check."""
+        """Close a gap and check the history, as the hub does."""
         feed = self.feeds.get(token)
         if feed is None or feed.last is None:
             return
-        more = feed.compare(feed.last, self.history.heads([token])[token].seq) or feed.has_gap
+        more = (
+            feed.check(feed.last, self.history.heads([token])[token], recent=True) or feed.has_gap
+        )
         while more and feed.subscriptions:
             after = feed.last
-            more = feed.pass_on(after, self.history.read(token, after))
+            more = feed.apply_slice(after, self.history.read(token, after))
 
-    def forget_empty(self) -> None:
+    def drop_empty_feeds(self) -> None:
         for token in [token for token, feed in self.feeds.items() if not feed.subscriptions]:
             del self.feeds[token]
 
 
 class Site:
-    """A history, a hub, and streams as the view makes them."""
+    """A history, a hub, and streams like those of the view."""
 
     def __init__(self, **options: Any) -> None:
         self.live_only = 0
@@ -171,9 +221,9 @@ class Site:
         self.hub = Hub(self.history)
 
     def open(self, tokens: list[str], cursor: str) -> EventStream | None:
-        """What the view does for a listener; ``None`` is 204."""
+        """Open a stream as the view does; ``None`` stands for status 204."""
         asked = cursor or None
-        cursors = split_cursor(asked, tokens)
+        cursors = parse_cursors(asked, tokens)
         positions = {token: self.history.locate(token, cursors[token]) for token in tokens}
         if all(position.closed for position in positions.values()):
             return None
@@ -185,7 +235,7 @@ class Site:
     ) -> int:
         (entry,) = self.history.append(token, [draft(text, kind=kind)])
         if not lost:
-            self.hub.receive(token, entry.seq, entry.frame(), entry.finishes)
+            self.hub.receive(token, entry.batch())
         return entry.seq
 
 
@@ -199,7 +249,7 @@ async def site(monkeypatch: pytest.MonkeyPatch) -> Site:
 
 
 class Client:
-    """One listener, across its connections. It has what its decoder was fed, nothing else."""
+    """A listener that reconnects. Its state is that of its decoder."""
 
     def __init__(self, site: Site, tokens: list[str], cursor: str = "") -> None:
         self.site = site
@@ -211,14 +261,14 @@ class Client:
         self.connect(cursor)
 
     def connect(self, cursor: str | None = None) -> bool:
-        """Come (back) with a cursor, by default the one it has; tell whether it may listen."""
+        """Connect with a cursor, by default the last one; return whether it may listen."""
         self.decoder = Decoder(self.decoder.last_event_id if cursor is None else cursor)
         self.stream = self.site.open(self.tokens, self.decoder.last_event_id)
         self.ended = False
         return self.stream is not None
 
     async def leave(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         reading, self.reading = self.reading, None
         if reading is not None:
             reading.cancel()
@@ -228,7 +278,7 @@ class Client:
             await self.stream.aclose()
 
     async def reconnect(self, tokens: list[str] | None = None) -> bool:
-        """Hang up and come back; tell whether it may listen."""
+        """Disconnect and reconnect; return whether it may listen."""
         await self.leave()
         self.tokens = tokens or self.tokens
         return self.connect()
@@ -245,7 +295,7 @@ class Client:
             return None
 
     async def chunk(self) -> bytes:
-        """What comes next; nothing when nothing comes, or at the end."""
+        """Return the next bytes; none if the stream has sent none or has ended."""
         if self.reading is None:
             self.reading = asyncio.ensure_future(self._next())
         for _ in range(STEPS):
@@ -258,7 +308,7 @@ class Client:
         return chunk or b""
 
     async def read(self) -> list[str]:
-        """Read all there is; give the events' texts, with the names of special ones."""
+        """Read all that is sent; return the texts of the events, and the names of special ones."""
         got = []
         while chunk := await self.chunk():
             for event in self.decoder.feed(chunk):
@@ -273,8 +323,8 @@ class Client:
 # Several tokens
 
 
-async def test_every_frame_resumes_all_tokens(site: Site) -> None:
-    """Whichever event a listener has seen last, it goes on right there with each token."""
+async def test_the_id_of_every_event_resumes_all_tokens(site: Site) -> None:
+    """A listener continues after the event that it received last."""
     client = Client(site, ["a", "b"])
     assert await client.read() == []
     for text in ["a1", "b1", "b2", "a2", "a3", "b3"]:
@@ -289,8 +339,7 @@ async def test_every_frame_resumes_all_tokens(site: Site) -> None:
     await client.leave()
 
 
-async def test_a_retry_resumes_all_tokens(site: Site) -> None:
-    """An event without data carries the cursor as well."""
+async def test_the_id_of_a_retry_resumes_all_tokens(site: Site) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
     site.publish("a", "a1")
@@ -303,8 +352,7 @@ async def test_a_retry_resumes_all_tokens(site: Site) -> None:
     await client.leave()
 
 
-async def test_an_id_of_its_own_gives_way_to_the_cursor(site: Site) -> None:
-    """Events with an id of their own resume all tokens of the stream too."""
+async def test_the_joined_cursor_replaces_the_own_id_of_an_event(site: Site) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
     site.publish("b", "b1")
@@ -317,12 +365,11 @@ async def test_an_id_of_its_own_gives_way_to_the_cursor(site: Site) -> None:
     await client.leave()
 
 
-async def test_live_only_events_between(site: Site) -> None:
-    """They have no id, and change nothing about where the listener goes on."""
+async def test_live_only_events_do_not_move_the_cursor(site: Site) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
     site.publish("a", "a1")
-    site.hub.receive("b", None, draft("live").frame())
+    site.hub.receive("b", draft("live").batch())
     site.publish("b", "b1")
     assert await client.read() == ["a1", "live", "b1"]
     assert client.events[1].id == client.events[0].id
@@ -331,8 +378,8 @@ async def test_live_only_events_between(site: Site) -> None:
     await client.leave()
 
 
-async def test_a_token_that_is_new_to_the_set(site: Site) -> None:
-    """It starts at its newest event; the others go on where they were."""
+async def test_a_token_that_is_added_starts_at_its_newest_event(site: Site) -> None:
+    """The other tokens continue."""
     client = Client(site, ["a", "b"])
     await client.read()
     await client.leave()
@@ -346,8 +393,10 @@ async def test_a_token_that_is_new_to_the_set(site: Site) -> None:
     await client.leave()
 
 
-async def test_a_token_that_leaves_the_set(site: Site) -> None:
-    """The others go on where they were; when it comes again it starts afresh."""
+async def test_a_token_that_is_removed_and_added_again_starts_at_its_newest_event(
+    site: Site,
+) -> None:
+    """The other tokens continue."""
     client = Client(site, ["a", "b", "c"])
     await client.read()
     assert await client.reconnect(["c", "a"])
@@ -361,8 +410,9 @@ async def test_a_token_that_leaves_the_set(site: Site) -> None:
     await client.leave()
 
 
-async def test_from_one_token_to_two_and_back(site: Site) -> None:
-    """A page that adds a token, and drops it again, misses nothing of the one it kept."""
+async def test_a_page_that_adds_and_removes_a_token_misses_no_event_of_the_first(
+    site: Site,
+) -> None:
     client = Client(site, ["a"])
     await client.read()
     assert not client.cursor.startswith(CURSOR_MARK)
@@ -381,8 +431,7 @@ async def test_from_one_token_to_two_and_back(site: Site) -> None:
 
 
 @pytest.mark.parametrize("cursor", [one for one in GARBAGE if one.isascii() and "\n" not in one])
-async def test_a_cursor_that_was_never_one(site: Site, cursor: str) -> None:
-    """The listener is told for each token that it may have missed events."""
+async def test_an_unknown_cursor_resets_each_token(site: Site, cursor: str) -> None:
     for token in "ab":
         site.publish(token, f"{token}1")
     client = Client(site, ["a", "b"], cursor)
@@ -398,14 +447,14 @@ async def test_a_cursor_that_was_never_one(site: Site, cursor: str) -> None:
 
 
 def trim(history: MemoryHistory, token: str, kept: int) -> None:
-    """Forget all but the newest events, as the history does when there are too many."""
-    life = history._lives[token]
-    while len(life.entries) > kept:
-        life.drop_oldest()
+    """Remove all but the newest events, as the history does beyond MAX_EVENTS."""
+    epoch = history._epochs[token]
+    while len(epoch.entries) > kept:
+        epoch.drop_oldest()
 
 
 async def trimmed(site: Site, client: Client, *tokens: str) -> None:
-    """Let events of these tokens come and go while the listener is away."""
+    """Publish and trim events of some tokens while the listener is disconnected."""
     await client.leave()
     for token in tokens:
         for n in range(5):
@@ -413,8 +462,7 @@ async def trimmed(site: Site, client: Client, *tokens: str) -> None:
         trim(site.history, token, 2)
 
 
-async def test_reset_for_one_token_of_three(site: Site) -> None:
-    """It names the token, moves that one alone, and the others go on."""
+async def test_a_reset_of_one_of_three_tokens_moves_that_token_alone(site: Site) -> None:
     client = Client(site, ["a", "b", "c"])
     await client.read()
     site.publish("b", "b")
@@ -434,8 +482,9 @@ async def test_reset_for_one_token_of_three(site: Site) -> None:
     await client.leave()
 
 
-async def test_resets_of_several_tokens_cut_anywhere(site: Site) -> None:
-    """Who is cut off between two resets is told the second one when it comes back."""
+async def test_a_listener_cut_off_between_two_resets_receives_the_second_one_later(
+    site: Site,
+) -> None:
     client = Client(site, ["a", "b", "c"])
     await client.read()
     for token in "abc":
@@ -451,13 +500,12 @@ async def test_resets_of_several_tokens_cut_anywhere(site: Site) -> None:
         one.events += one.decoder.feed(first[:cut])
         await one.reconnect()
         await one.read()
-        told = {reset["token"] for reset in one.resets()}
-        assert told == {"a", "b", "c"}, f"cut after {cut} bytes of {first!r}"
+        reset_tokens = {reset["token"] for reset in one.resets()}
+        assert reset_tokens == {"a", "b", "c"}, f"cut after {cut} bytes of {first!r}"
         await one.leave()
 
 
-async def test_a_reset_in_the_middle_of_a_stream_names_its_token(site: Site) -> None:
-    """A gap that cannot be closed moves its token alone."""
+async def test_a_reset_in_the_middle_of_a_stream_moves_its_token_alone(site: Site) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
     site.publish("a", "a0")
@@ -480,11 +528,10 @@ async def test_a_reset_in_the_middle_of_a_stream_names_its_token(site: Site) -> 
 # Closing
 
 
-async def test_a_closed_token_among_several(site: Site) -> None:
-    """The close is received, the others go on, and it stays closed for who has seen it."""
+async def test_a_closed_token_stays_closed_while_the_others_continue(site: Site) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
-    site.publish("a", "bye", Kind.FINISH)
+    site.publish("a", "bye", Kind.CLOSE)
     site.publish("a", "a1")
     site.publish("b", "b1")
     assert await client.read() == ["close", "b1"]
@@ -496,27 +543,27 @@ async def test_a_closed_token_among_several(site: Site) -> None:
     await client.leave()
 
 
-async def test_all_closed_ends_the_stream_and_204s(site: Site) -> None:
-    """After the last close the stream ends, and there is nothing to come back to."""
+async def test_the_close_of_the_last_token_ends_the_stream_and_a_reconnect_gets_204(
+    site: Site,
+) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
-    site.publish("b", "bye", Kind.FINISH)
-    site.publish("a", "bye", Kind.FINISH)
+    site.publish("b", "bye", Kind.CLOSE)
+    site.publish("a", "bye", Kind.CLOSE)
     assert await client.read() == ["close", "close"]
     assert client.ended
     assert client.stream is not None
-    assert client.stream.reason is Reason.FINISHED
+    assert client.stream.reason is Reason.TOKEN_CLOSED
     assert not await client.reconnect()
 
 
-async def test_all_closed_while_away(site: Site) -> None:
-    """The rest up to each close is replayed, then the stream ends."""
+async def test_events_up_to_each_close_are_replayed_before_the_stream_ends(site: Site) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
     await client.leave()
     for token in "ab":
         site.publish(token, f"{token}1")
-        site.publish(token, "bye", Kind.FINISH)
+        site.publish(token, "bye", Kind.CLOSE)
         site.publish(token, "anew")
     assert await client.reconnect()
     assert await client.read() == ["a1", "close", "b1", "close"]
@@ -524,33 +571,31 @@ async def test_all_closed_while_away(site: Site) -> None:
     assert not await client.reconnect()
 
 
-async def test_a_token_opened_anew_among_several(site: Site) -> None:
-    """A fresh listener has not seen the close, and its cursor says so until an event comes."""
-    site.publish("a", "bye", Kind.FINISH)
-    close = site.publish("b", "bye", Kind.FINISH)
+async def test_a_new_listener_of_a_closed_token_has_a_cursor_that_states_it(site: Site) -> None:
+    site.publish("a", "bye", Kind.CLOSE)
+    close = site.publish("b", "bye", Kind.CLOSE)
     client = Client(site, ["a", "b"])
     await client.read()
-    assert split_cursor(client.cursor, ["b"]) == {"b": f"{close}+"}
+    assert cursor_texts(client.cursor, ["b"]) == {"b": f"{close}+"}
     assert await client.reconnect()
     site.publish("a", "a1")
     assert await client.read() == ["a1"]
-    assert split_cursor(client.cursor, ["b"]) == {"b": f"{close}+"}
+    assert cursor_texts(client.cursor, ["b"]) == {"b": f"{close}+"}
     assert await client.reconnect()
     site.publish("b", "b1")
     assert await client.read() == ["b1"]
-    assert split_cursor(client.cursor, ["b"]) == {"b": str(close + 1)}
-    site.publish("b", "bye", Kind.FINISH)
-    site.publish("a", "bye", Kind.FINISH)
+    assert cursor_texts(client.cursor, ["b"]) == {"b": str(close + 1)}
+    site.publish("b", "bye", Kind.CLOSE)
+    site.publish("a", "bye", Kind.CLOSE)
     assert await client.read() == ["close", "close"]
     assert not await client.reconnect()
 
 
-async def test_a_close_that_was_dropped_unread_is_read_again(site: Site) -> None:
-    """An overflow takes back a close that was buffered, and everything before it."""
+async def test_a_close_that_was_dropped_in_an_overflow_is_read_again(site: Site) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
     await client.chunk()
-    site.publish("a", "bye", Kind.FINISH)
+    site.publish("a", "bye", Kind.CLOSE)
     for n in range(20):
         site.publish("b", f"b{n} {'x' * 100}")
     got = await client.read()
@@ -559,8 +604,7 @@ async def test_a_close_that_was_dropped_unread_is_read_again(site: Site) -> None
     await client.leave()
 
 
-async def test_a_live_only_close_comes_after_what_is_still_to_be_read(site: Site) -> None:
-    """A close that needs no history waits for its token's events, as on a single stream."""
+async def test_a_live_only_close_comes_after_the_events_still_to_be_read(site: Site) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
     await client.leave()
@@ -570,7 +614,7 @@ async def test_a_live_only_close_comes_after_what_is_still_to_be_read(site: Site
     await client.chunk()
     site.hub.patience = 5 * STEPS
     await client.chunk()
-    site.hub.receive("b", None, draft("bye", kind=Kind.FINISH).frame(), True)
+    site.hub.receive("b", draft("bye", kind=Kind.CLOSE).batch())
     site.hub.patience = 0
     got = []
     for _ in range(20):
@@ -579,19 +623,20 @@ async def test_a_live_only_close_comes_after_what_is_still_to_be_read(site: Site
     await client.leave()
 
 
-async def test_live_only_closes_do_not_cut_off_what_is_still_to_be_read(site: Site) -> None:
-    """When the last token is closed, the events of the others are sent before the end."""
+async def test_events_still_to_be_read_are_sent_before_the_last_live_only_close(
+    site: Site,
+) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
     await client.leave()
-    site.publish("a", "bye", Kind.FINISH)
+    site.publish("a", "bye", Kind.CLOSE)
     for n in range(8):
         site.publish("b", f"b{n} {'x' * 30}")
     await client.reconnect()
     await client.chunk()
     site.hub.patience = 5 * STEPS
     await client.chunk()
-    site.hub.receive("b", None, draft("bye", kind=Kind.FINISH).frame(), True)
+    site.hub.receive("b", draft("bye", kind=Kind.CLOSE).batch())
     site.hub.patience = 0
     got = []
     for _ in range(20):
@@ -602,11 +647,10 @@ async def test_live_only_closes_do_not_cut_off_what_is_still_to_be_read(site: Si
     assert texts[-1] == "close"
 
 
-async def test_a_live_only_close_that_is_dropped_is_told(site: Site) -> None:
-    """An overflow that throws it out says that live-only events were lost."""
+async def test_a_dropped_live_only_close_is_reported_as_an_overflow(site: Site) -> None:
     client = Client(site, ["a", "b"])
     await client.read()
-    site.hub.receive("a", None, draft("bye", kind=Kind.FINISH).frame(), True)
+    site.hub.receive("a", draft("bye", kind=Kind.CLOSE).batch())
     for n in range(20):
         site.publish("b", f"b{n} {'x' * 100}")
     got = await client.read()
@@ -615,8 +659,8 @@ async def test_a_live_only_close_that_is_dropped_is_told(site: Site) -> None:
     await client.leave()
 
 
-async def test_a_history_that_fails_for_a_while(site: Site) -> None:
-    """The stream waits, gives what needs no history, and goes on where it was."""
+async def test_a_stream_continues_after_an_outage_of_the_history(site: Site) -> None:
+    """Events that need no history are sent before it responds."""
     client = Client(site, ["a", "b"])
     await client.read()
     await client.leave()
@@ -625,7 +669,7 @@ async def test_a_history_that_fails_for_a_while(site: Site) -> None:
     await client.chunk()
     site.hub.failing = True
     assert await client.chunk() == b""
-    site.hub.receive("b", None, draft("live").frame())
+    site.hub.receive("b", draft("live").batch())
     assert await client.read() == ["live"]
     site.hub.failing = False
     assert await client.read() == ["a1"]
@@ -636,10 +680,10 @@ async def test_a_history_that_fails_for_a_while(site: Site) -> None:
 
 
 class Witness(Client):
-    """A listener that knows what it must get: of each token every event, once, in order.
+    """A listener that checks that it receives every event of each token once and in order.
 
-    Events are numbered by their sequence numbers. A reset must name its token, say the
-    place that the stream goes on from, and be true: events after the last one are gone.
+    The data of an event contains its sequence number. A reset must name its token and the
+    position from which the stream continues, and events before that must be missing.
     """
 
     def __init__(self, site: Site, tokens: list[str]) -> None:
@@ -653,15 +697,15 @@ class Witness(Client):
         self.moves: dict[tuple[str, str], int] = {}
         return super().connect(cursor)
 
-    def hear(self, size: int) -> None:
-        """Take so many bytes of what is on its way, and look at every line."""
+    def receive(self, size: int) -> None:
+        """Receive a number of the bytes that were sent, and check every line."""
         taken, self.wire = self.wire[:size], self.wire[size:]
         for line in taken.splitlines(keepends=True):
             for event in self.decoder.feed(line):
                 self.check(event)
             self.move()
             if self.cursor:
-                # The opening has committed where it starts with the tokens that are new.
+                # The opening has set the cursor, also for tokens that are new.
                 self.last = {**self.starts, **self.last}
 
     def check(self, event: ServerSentEvent) -> None:
@@ -673,10 +717,10 @@ class Witness(Client):
             return
         seq = int(number.split()[0])
         if token in self.closed:
-            # Only where the history has forgotten that close, and has seen another since.
-            life = self.site.history._lives[token]
-            assert self.last[token] < life.kept, "nothing comes after the close"
-            assert self.last[token] != life.closed
+            # This is correct only if the close was trimmed and a later close was published.
+            epoch = self.site.history._epochs[token]
+            assert self.last[token] < epoch.kept, "an event follows the close"
+            assert self.last[token] != epoch.closed
             self.closed.discard(token)
         assert seq == self.last[token] + 1, f"{token}: {seq} after {self.last[token]}"
         self.last[token] = seq
@@ -685,23 +729,23 @@ class Witness(Client):
 
     def check_reset(self, reset: dict[str, Any]) -> None:
         if reset["reason"] == "overflow":
-            assert self.site.live_only, "there were live-only events to lose"
+            assert self.site.live_only, "no live-only event was published"
             return
         token = reset.get("token") or self.tokens[0]
         assert ("token" in reset) == (len(self.tokens) > 1)
         assert reset["reason"] == "expired"
-        assert token in self.last, "it had a place there"
-        # A feed that was left behind speaks of its own place.
+        assert token in self.last, "the token had no position"
+        # A feed that is behind reports its own position.
         after = int(reset["after"]) if reset["after"].isdigit() else self.last[token]
-        oldest = self.site.history._lives[token].kept
+        oldest = self.site.history._epochs[token].kept
         assert after <= self.last[token]
-        assert oldest > after + 1, f"{token}: nothing is gone after {after}"
-        place = split_cursor(reset["resume"], self.tokens)[token]
-        assert place is not None
-        self.moves[reset["resume"], token] = int(place.rstrip("+"))
+        assert oldest > after + 1, f"{token}: no event is missing after {after}"
+        cursor = cursor_texts(reset["resume"], self.tokens)[token]
+        assert cursor is not None
+        self.moves[reset["resume"], token] = int(cursor.rstrip("+"))
 
     def move(self) -> None:
-        """A reset counts once its place is committed: who is cut off before is told again."""
+        """Apply a reset after its cursor was received. Otherwise the next stream repeats it."""
         for (cursor, token), seq in list(self.moves.items()):
             if cursor == self.cursor:
                 self.last[token] = seq
@@ -710,30 +754,31 @@ class Witness(Client):
 
 
 class Random(Site):
-    """What may happen, in any order."""
+    """A site whose steps are chosen at random."""
 
     def __init__(self, data: st.DataObject) -> None:
         super().__init__(MAX_EVENTS=8)
-        # Not the clock: what hypothesis replays must give the same numbers.
+        # The numbers do not depend on the clock, because hypothesis repeats the steps.
         self.history._floor = 1000
         self.history.first_seq = lambda floor: floor + 1  # type: ignore[method-assign]
         self.data = data
-        self.sent: list[tuple[str, int, bytes, bool]] = []
-        """What was published, as the layer may bring it, once or again or never."""
+        self.sent: list[tuple[str, Batch]] = []
+        """The published batches, which the layer may deliver any number of times."""
         self.tokens = TOKENS[: data.draw(st.integers(2, 4), "tokens")]
         self.fates = st.tuples(
-            st.sampled_from(self.tokens), st.sampled_from(["brought", "brought", "lost", "live"])
+            st.sampled_from(self.tokens),
+            st.sampled_from(["delivered", "delivered", "lost", "live"]),
         )
 
     def pick(self, *choices: Any) -> Any:
         return self.data.draw(st.sampled_from(choices))
 
     def happen(self, token: str, kind: Kind, size: int) -> None:
-        """Publish a durable event; whether the layer brings it is another matter."""
+        """Publish a durable event without delivering it."""
         number = self.history.newest(token)[0] + 1
         text = f"{token} {number} {'x' * size}"
         (entry,) = self.history.append(token, [draft(text, kind=kind)])
-        self.sent.append((token, entry.seq, entry.frame(), entry.finishes))
+        self.sent.append((token, entry.batch()))
 
     async def step(self, client: Witness) -> Witness:
         token = self.pick(*self.tokens)
@@ -746,13 +791,13 @@ class Random(Site):
                 for one, fate in self.data.draw(st.lists(self.fates, max_size=8)):
                     if fate == "live":
                         self.live_only += 1
-                        self.hub.receive(one, None, draft(f"{one} live").frame())
+                        self.hub.receive(one, draft(f"{one} live").batch())
                         continue
                     self.happen(one, Kind.EVENT, size)
-                    if fate == "brought":
+                    if fate == "delivered":
                         self.hub.receive(*self.sent[-1])
             case "close":
-                self.happen(token, Kind.FINISH, 0)
+                self.happen(token, Kind.CLOSE, 0)
                 self.hub.receive(*self.sent[-1])
             case "replay" if self.sent:
                 self.hub.receive(*self.pick(*self.sent[-9:]))
@@ -763,21 +808,23 @@ class Random(Site):
                     if client.stream is not None and not client.ended:
                         client.wire += await client.chunk()
                 if self.pick(True, True, False):
-                    client.hear(len(client.wire))
+                    client.receive(len(client.wire))
             case "cut":
-                client.hear(self.data.draw(st.integers(0, len(client.wire))))
-                await self.come_back(client)
+                client.receive(self.data.draw(st.integers(0, len(client.wire))))
+                await self.reconnect(client)
             case "set" if client.cursor:
-                # A token that leaves is forgotten, and starts afresh when it comes again.
+                # A token that was removed starts at its newest event when it is added again.
                 tokens = self.data.draw(st.permutations(self.tokens))
                 tokens = tokens[: self.pick(2, len(tokens))]
-                gone = set(client.tokens) - set(tokens)
-                await self.come_back(client, tokens)
+                removed = set(client.tokens) - set(tokens)
+                await self.reconnect(client, tokens)
                 if client.stream is not None:
-                    client.last = {one: at for one, at in client.last.items() if one not in gone}
-                    client.closed -= gone
+                    client.last = {
+                        one: at for one, at in client.last.items() if one not in removed
+                    }
+                    client.closed -= removed
                     client.wire += await client.chunk()
-                    client.hear(len(client.wire))
+                    client.receive(len(client.wire))
             case "fresh":
                 await client.leave()
                 client = Witness(self, client.tokens)
@@ -787,10 +834,10 @@ class Random(Site):
                 self.hub.patience = self.pick(0, 1, 3 * STEPS)
         return client
 
-    async def come_back(self, client: Witness, tokens: list[str] | None = None) -> None:
+    async def reconnect(self, client: Witness, tokens: list[str] | None = None) -> None:
         if not await client.reconnect(tokens):
-            assert client.closed >= set(client.tokens), "204 is for who has seen every close"
-        self.hub.forget_empty()
+            assert client.closed >= set(client.tokens), "204 before every close"
+        self.hub.drop_empty_feeds()
 
     async def run(self) -> None:
         for token in TOKENS:
@@ -798,29 +845,29 @@ class Random(Site):
         client = Witness(self, self.tokens)
         for _ in range(len(self.tokens) + 2):
             client.wire += await client.chunk()
-        client.hear(len(client.wire))
+        client.receive(len(client.wire))
         for _ in range(self.data.draw(st.integers(5, 40), "steps")):
             client = await self.step(client)
         await self.settle(client)
 
     async def settle(self, client: Witness) -> None:
-        """Now nothing happens any more: the listener must come to the end of everything."""
+        """Check that the listener receives everything after the last step."""
         self.hub.failing = False
         self.hub.patience = 0
         quiet = rounds = 0
-        while quiet < 6:  # a slow read may be under way, of three rounds and a bit
+        while quiet < 6:  # a slow read takes more than three rounds
             rounds += 1
-            assert rounds < 500, "it comes to an end"
+            assert rounds < 500, "the stream does not become silent"
             if client.ended:
-                client.hear(len(client.wire))
-                await self.come_back(client)
+                client.receive(len(client.wire))
+                await self.reconnect(client)
             if client.stream is None:
                 break
             for token in client.tokens:
                 self.hub.repair(token)
             client.wire += await client.chunk()
             quiet = 0 if client.wire or client.ended else quiet + 1
-            client.hear(len(client.wire))
+            client.receive(len(client.wire))
         for token in client.tokens:
             if token not in client.closed:
                 assert client.last[token] == self.history.newest(token)[0], token
@@ -829,8 +876,8 @@ class Random(Site):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_whatever_happens_nothing_is_missing(data: st.DataObject) -> None:
-    """Losses, overflows, cuts at any byte, changed sets: every event once, or a true reset."""
+def test_every_event_arrives_once_or_a_reset_reports_it(data: st.DataObject) -> None:
+    """Events are lost, buffers overflow, streams are cut at any byte, and tokens change."""
 
     async def run() -> None:
         site = Random(data)

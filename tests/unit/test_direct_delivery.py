@@ -10,26 +10,34 @@ import pytest
 from channels.layers import get_channel_layer
 
 from django_eventsource import apublish, apublish_many
-from django_eventsource import hub as hub_module
+from django_eventsource.delivery.hub import get_hub
+from django_eventsource.delivery.layer import group_name
+from django_eventsource.delivery.notifier import notifier
 from django_eventsource.events import StringEvent
 from django_eventsource.exceptions import DeliveryFailed
 from django_eventsource.history import get_history
-from django_eventsource.hub import get_hub
-from django_eventsource.layers import MESSAGE_TYPE
+from django_eventsource.protocol.messages import encode
 from django_eventsource.publishing import apublish_posted
-from django_eventsource.tokens import group_name
-from tests.histories import add
-from tests.test_membership import Reader, Shared, layer_of, until
+from tests.support.events import add
+from tests.support.layers import FaultySharedLayer, layer_of
+from tests.support.streams import StreamTask
+from tests.support.waiting import PATIENCE_SECONDS, until
 
 pytestmark = pytest.mark.usefixtures("memory_history")
 
 
-class Broker(Shared):
+class Broker(FaultySharedLayer):
     """A layer whose messages are brought to the hub when the test says so."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
-        self.sent: list[tuple[str, dict[str, Any]]] = []
+        self._sent: list[tuple[str, dict[str, Any]]] = []
+
+    @property
+    def sent(self) -> list[tuple[str, dict[str, Any]]]:
+        """What was sent, after all publishers have sent it."""
+        assert notifier.flush(PATIENCE_SECONDS)
+        return self._sent
 
     async def group_send(self, group: str, message: dict[str, Any]) -> None:
         if self is not get_channel_layer():
@@ -38,19 +46,19 @@ class Broker(Shared):
         self._call("group_send")
         if self.hang is not None:
             await asyncio.Event().wait()
-        self.sent.append((group, message))
+        self._sent.append((group, message))
 
     async def bring(self) -> None:
         """Bring what was sent, in its order."""
         for group, message in self.sent:
-            await Shared.group_send(layer_of(get_hub()), group, message)
+            await FaultySharedLayer.group_send(layer_of(get_hub()), group, message)
         self.sent.clear()
 
 
 @pytest.fixture
 def layer(settings) -> Broker:
-    """The publishers' layer. Head checks bring nothing while a test runs."""
-    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.test_direct.Broker"}}
+    """The publishers' layer. History checks deliver nothing while a test runs."""
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.unit.test_direct_delivery.Broker"}}
     settings.EVENTSOURCE_POLL_SECONDS = 600
     layer = get_channel_layer()
     assert isinstance(layer, Broker)
@@ -71,40 +79,29 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return reads
 
 
-async def listen() -> Reader:
-    """Open a stream, and wait until the hub's first head check is over."""
-    reader = await Reader().live()
+async def listen() -> StreamTask:
+    """Open a stream, and wait until the hub's first history check is over."""
+    reader = await StreamTask().live()
     await until(lambda: get_hub()._wake._waiters)
     return reader
 
 
-def data(reader: Reader) -> list[str]:
+def data(reader: StreamTask) -> list[str]:
     """The data of the events that a stream has sent."""
     return [line[6:] for line in reader.body.decode().split("\n") if line.startswith("data: ")]
 
 
 def foreign(*texts: str) -> list[tuple[str, dict[str, Any]]]:
     """Append events as another process does, and return its messages, which are on their way."""
-    return [
-        (
-            group_name("t"),
-            {
-                "type": MESSAGE_TYPE,
-                "group": group_name("t"),
-                "seq": entry.seq,
-                "finish": False,
-                "frames": [entry.frame()],
-            },
-        )
-        for entry in add(get_history(), *texts)
-    ]
+    group = group_name("t")
+    return [(group, encode(group, entry.batch())) for entry in add(get_history(), *texts)]
 
 
 @pytest.mark.parametrize("publisher", ["apublish", "apublish_many", "post"])
 async def test_a_durable_event_arrives_at_once_in_its_process_while_the_layer_is_down(
     layer: Broker, publisher: str
 ) -> None:
-    """It does not wait for the next head check."""
+    """It does not wait for the next history check."""
     reader = await listen()
     layer.failing.add("group_send")
     if publisher == "apublish":
@@ -117,25 +114,22 @@ async def test_a_durable_event_arrives_at_once_in_its_process_while_the_layer_is
     await reader.close()
 
 
-async def test_a_durable_event_arrives_while_its_publisher_waits_for_a_layer_that_hangs(
-    layer: Broker,
-) -> None:
-    """The listeners of its process are served first."""
+async def test_a_durable_event_arrives_while_the_layer_hangs(layer: Broker) -> None:
+    """Neither the publisher nor the listeners of its process wait for the layer."""
     reader = await listen()
     layer.hang = asyncio.Event()
-    publishing = asyncio.create_task(apublish("t", "ping", "a"))
+    await apublish("t", "ping", "a")
     await until(lambda: data(reader) == ["a"])
-    assert not publishing.done()
-    await publishing
+    assert not notifier.flush(0)
     await reader.close()
 
 
-async def test_the_copy_that_the_layer_brings_is_dropped(layer: Broker) -> None:
-    """Its number is known already."""
+async def test_the_copy_that_the_layer_delivers_is_dropped(layer: Broker) -> None:
+    """The sequence number is known already."""
     reader = await listen()
     await apublish("t", "ping", "a")
     await apublish_many([("t", "ping", "b"), ("t", "ping", "c")])
-    assert len(layer.sent) == 2
+    assert sum(len(message["frames"]) for _, message in layer.sent) == 3
     await layer.bring()
     await apublish("t", "ping", "d")
     await until(lambda: "d" in data(reader))
@@ -144,8 +138,8 @@ async def test_the_copy_that_the_layer_brings_is_dropped(layer: Broker) -> None:
 
 
 @pytest.mark.parametrize("down", [False, True])
-async def test_a_live_only_event_goes_by_the_layer_alone(layer: Broker, down: bool) -> None:
-    """It has no number by which a second copy could be dropped."""
+async def test_a_live_only_event_is_sent_over_the_layer_alone(layer: Broker, down: bool) -> None:
+    """Without a sequence number a second copy could not be dropped."""
     reader = await listen()
     if down:
         layer.failing.add("group_send")
@@ -160,17 +154,17 @@ async def test_a_live_only_event_goes_by_the_layer_alone(layer: Broker, down: bo
     await reader.close()
 
 
-async def test_an_event_without_a_listener_in_its_process_is_not_handed_to_the_hub(
+async def test_an_event_without_a_listener_in_its_process_does_not_wake_the_loop(
     layer: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its publisher does not wake the loop."""
     reader = await listen()
     delivered: list[Any] = []
-    monkeypatch.setattr(get_hub(), "deliver", delivered.append)
+    monkeypatch.setattr(get_hub()._queue, "put", lambda *call: delivered.append(call))
     await apublish("another", "ping", "a")
     assert (len(layer.sent), delivered) == (1, [])
     await apublish("t", "ping", "a")
-    assert [message for _, message in layer.sent[1:]] == delivered[0]
+    ((group, batches),) = delivered
+    assert [encode(group, batch) for batch in batches] == [one for _, one in layer.sent[1:]]
     await reader.close()
 
 
@@ -178,14 +172,14 @@ async def test_an_event_without_a_listener_in_its_process_is_not_handed_to_the_h
 
 
 async def test_an_event_of_another_process_that_arrives_a_moment_later_costs_no_read(
-    layer: Broker, reads: list[int], monkeypatch: pytest.MonkeyPatch
+    layer: Broker, reads: list[int]
 ) -> None:
-    """The event of the own process is the later one, but needs no time on the layer."""
-    monkeypatch.setattr(hub_module, "REORDER_SECONDS", 0.5)
+    """The event of the own process has overtaken it."""
+    get_hub().reorder_seconds = 0.5
     add(get_history(), "before")
     reader = await listen()
     reads.clear()
-    layer.sent += foreign("a")
+    layer.sent.extend(foreign("a"))
     await apublish("t", "ping", "b")
     feed = get_hub()._feeds["t"]
     await until(lambda: feed.has_gap)
@@ -200,11 +194,12 @@ async def test_an_event_of_another_process_that_arrives_a_moment_later_costs_no_
 async def test_gaps_that_close_in_time_cost_no_read_however_many_follow_each_other(
     layer: Broker, reads: list[int]
 ) -> None:
-    """Where two processes publish to one token all the time, some event is always on its way."""
+    """Two processes publish to one token all the time."""
     add(get_history(), "before")
     reader = await listen()
     reads.clear()
     hub = get_hub()
+    hub.reorder_seconds = 0.5
     feed = hub._feeds["t"]
     expected = []
     for n in range(5):
@@ -219,7 +214,7 @@ async def test_gaps_that_close_in_time_cost_no_read_however_many_follow_each_oth
         layer.sent[:] = []
         await until(lambda n=n: data(reader)[-1:] == [f"own {n}"])
         assert feed.has_gap
-        await hub._close_gaps(gaps)  # as after REORDER_SECONDS
+        await hub._close_gaps(gaps)  # as after reorder_seconds
         assert hub._wake.is_set()
         layer.sent[:] = on_the_way
         await layer.bring()
@@ -230,28 +225,12 @@ async def test_gaps_that_close_in_time_cost_no_read_however_many_follow_each_oth
     await reader.close()
 
 
-async def test_an_event_that_another_process_lost_on_the_layer_is_read_before_the_head_check(
+async def test_an_event_lost_on_the_layer_is_read_before_the_history_check(
     layer: Broker,
 ) -> None:
-    """The event of the own process shows that one before it is missing."""
+    """An event of the own process shows that one before it is missing."""
     reader = await listen()
     foreign("lost")
     await apublish("t", "ping", "b")
     await until(lambda: data(reader) == ["lost", "b"])
-    await reader.close()
-
-
-async def test_own_events_do_not_hide_that_the_layer_has_forgotten_a_group(
-    settings, layer: Broker
-) -> None:
-    """Events that only head checks bring, twice in a row: the group is joined again."""
-    reader = await listen()
-    groups = layer_of(get_hub()).groups
-    await until(lambda: groups.pop(group_name("t"), None))
-    for text in ("a", "b"):
-        foreign(text)
-        await get_hub()._check_heads()
-        await apublish("t", "ping", f"own {text}")
-        await until(lambda text=text: data(reader)[-1:] == [f"own {text}"])
-    await until(lambda: groups.get(group_name("t")))
     await reader.close()

@@ -15,8 +15,7 @@ CLASSES = [
 
 
 @pytest.mark.parametrize("error_class", CLASSES, ids=lambda error_class: error_class.__name__)
-def test_one_base_catches_every_error(error_class):
-    """A user who catches EventSourceError has caught everything that is raised here."""
+def test_eventsource_error_is_the_base_of_every_exception(error_class):
     assert issubclass(error_class, EventSourceError)
     assert error_class.__doc__
 
@@ -25,40 +24,44 @@ def test_one_base_catches_every_error(error_class):
     "name", ["InvalidToken", "InvalidEvent", "UnknownAction", "EventTooLarge"]
 )
 def test_malformed_input_is_a_value_error(name):
-    """Code that expects Python's own ValueError for bad input gets one."""
+    """Code that catches ValueError for malformed input catches these exceptions."""
     assert issubclass(getattr(exceptions, name), ValueError)
 
 
 HINT = (
-    " To allow another, set EVENTSOURCE_EVENT_CLASS or as_view(event_class=...) to a class with "
-    "the action in ACTIONS (for a GET: as LISTEN)."
+    ' To allow others, write an Event class with the action, or "*", in ACTIONS (for a GET: as '
+    "LISTEN), and name it in EVENTSOURCE_EVENT_CLASS or as_view(event_class=...)."
 )
 
 
-def test_unknown_action_names_the_allowed_ones_and_the_way_out():
-    """The error says what was given, what is allowed, and how to allow another action."""
+def test_unknown_action_contains_the_allowed_actions_and_the_solution():
     error = UnknownAction("pong", ["ping", "close"], "StringEvent")
     assert str(error) == f"Unknown action 'pong': StringEvent allows ping, close.{HINT}"
     assert (error.action, error.allowed) == ("pong", ["ping", "close"])
 
 
-def test_unknown_action_of_a_class_without_actions():
-    """A class that allows nothing says so."""
+def test_unknown_action_of_a_class_without_actions_lists_none():
     assert str(UnknownAction("ping", [], "Mute")) == (
         f"Unknown action 'ping': Mute allows none.{HINT}"
     )
 
 
+@pytest.mark.parametrize(("action", "shown"), [("x" * 9000, "'" + "x" * 41), (5, "5")])
+def test_unknown_action_contains_the_start_of_any_action(action, shown):
+    """A URL may contain a long one, and a call one that is not a text."""
+    error = UnknownAction(action, ["ping"], "StringEvent")
+    assert str(error).startswith(f"Unknown action {shown}: StringEvent allows ping.")
+    assert error.action == action
+
+
 @pytest.mark.parametrize("status", [None, 403])
-def test_client_error_carries_the_status(status):
-    """A client's error has the HTTP status, or None where there was no answer."""
+def test_client_error_contains_the_status_or_none(status):
     error = ClientError("No answer.", status)
     assert (str(error), error.status) == ("No answer.", status)
     assert ClientError("No answer.").status is None
 
 
-def test_rate_limited_says_when_to_come_back():
-    """The error has the seconds after which the next event is taken, as a sentence too."""
+def test_rate_limited_contains_the_seconds_to_wait():
     error = RateLimited(7)
     assert error.retry_after == 7
     assert str(error) == "Too many events; try again in 7 s."

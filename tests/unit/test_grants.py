@@ -16,12 +16,12 @@ from django_eventsource.exceptions import InvalidGrant, InvalidToken
 from django_eventsource.grants import Grant, hash_session_key, make_grant, read_grant
 
 NOW = 1_800_000_000.25
-INVALID = r"^The grant is not valid: it was changed or not made here\.$"
+INVALID = r"^The grant is not valid: it was changed, or made with another SECRET_KEY\.$"
 
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    """Stop the clock; a test moves it with clock(seconds)."""
+    """Stop the clock, and return a function that moves it."""
     moved = 0.0
 
     def move(seconds):
@@ -36,14 +36,14 @@ def clock(monkeypatch):
 @pytest.mark.parametrize(
     ("listen", "send"), [(True, False), (False, True), (True, True)], ids=["l", "s", "ls"]
 )
-def test_grant_says_what_it_was_made_for(token, listen, send):
-    """A grant has its token, its rights and its expiry, rounded up to a second."""
+def test_a_grant_contains_its_tokens_rights_and_expiry(token, listen, send):
+    """The expiry is rounded up to a second."""
     grant = read_grant(make_grant(token, listen=listen, send=send, seconds=60))
     assert grant == Grant(tokens=(token,), listen=listen, send=send, expires=1_800_000_061)
 
 
-def test_grant_that_is_bound():
-    """A grant contains its actions, the hash of its session's key and the id of its user."""
+def test_a_grant_contains_its_actions_session_and_user():
+    """The key of the session is hashed."""
     text = make_grant("t", actions="ping", session_key="key", user=User(pk=7), seconds=60)
     assert read_grant(text) == Grant(
         tokens=("t",),
@@ -57,22 +57,19 @@ def test_grant_that_is_bound():
     assert read_grant(make_grant("t", listen=True, user=0)).user == "0"
 
 
-def test_grant_needs_no_quoting():
-    """A grant is ASCII text that stands in a URL as it is."""
+def test_a_grant_needs_no_quoting_in_a_url():
     text = make_grant("ünï😀/?&" * 9, listen=True)
     assert quote(text, safe=":") == text
     assert re.fullmatch(r"[\w:.-]+", text, re.ASCII)
 
 
-def test_lifetime_is_the_settings_unless_given(settings):
-    """EVENTSOURCE_GRANT_SECONDS is the lifetime of a grant that names none."""
+def test_the_default_lifetime_is_the_setting(settings):
     assert read_grant(make_grant("token", listen=True)).expires == 1_800_086_401
     settings.EVENTSOURCE_GRANT_SECONDS = 0.5
     assert read_grant(make_grant("token", listen=True)).expires == 1_800_000_001
 
 
-def test_grant_expires(clock):
-    """A grant is good until the second of its expiry, and not after."""
+def test_a_grant_is_valid_until_the_second_of_its_expiry(clock):
     text = make_grant("token", listen=True, seconds=59.75)
     clock(59.5)
     assert read_grant(text).listen
@@ -88,7 +85,7 @@ def test_grant_expires(clock):
         ("a" * 256, {"listen": True}, "256 characters"),
         ("token", {}, r"needs a right: pass listen=True, send=True or both"),
         ("token", {"actions": []}, "The list of actions is empty"),
-        ("token", {"actions": ["ping", "a\nb"]}, "holds LF"),
+        ("token", {"actions": ["ping", "a\nb"]}, "contains LF"),
         ("token", {"listen": True, "user": User()}, "The user has no primary key"),
         *(
             (
@@ -112,14 +109,12 @@ def test_grant_expires(clock):
         "nan",
     ],
 )
-def test_grant_that_makes_no_sense_is_not_made(token, options, reason):
-    """A bad token, no right or no lifetime is a ValueError."""
+def test_make_grant_refuses_arguments_that_are_not_valid(token, options, reason):
     with pytest.raises(ValueError, match=reason):
         make_grant(token, **options)
 
 
-def test_bad_token_is_told_as_such():
-    """A bad token's error is the token's own."""
+def test_make_grant_raises_the_error_of_the_token():
     with pytest.raises(InvalidToken):
         make_grant("\0", listen=True)
 
@@ -129,14 +124,14 @@ def test_bad_token_is_told_as_such():
     ["", "x", "a:b:c", "::", "\ud800", "é:é:é", "\0", "." * 9, "x" * 100_000],
     ids=lambda text: ascii(text)[:20],
 )
-def test_what_never_was_a_grant(text):
-    """Any other text is no grant, and nothing else is raised."""
+def test_text_that_is_not_a_grant_raises_invalid_grant(text):
+    """No other exception is raised."""
     with pytest.raises(InvalidGrant, match=INVALID):
         read_grant(text)
 
 
-def test_every_change_of_a_character_is_noticed():
-    """A grant with any character changed, removed or added is worthless."""
+def test_a_grant_with_a_changed_character_is_not_valid():
+    """A character is replaced, removed or added at every position."""
     text = make_grant("token", listen=True)
     for place, character in enumerate(text):
         other = "B" if character == "A" else "A"
@@ -149,8 +144,7 @@ def test_every_change_of_a_character_is_noticed():
                 read_grant(damaged)
 
 
-def test_payload_of_another_grant_is_noticed():
-    """The rights of one grant cannot be moved under the signature of another."""
+def test_a_signature_is_valid_for_its_own_content_only():
     payload = base64.urlsafe_b64encode(b'["token","ls",9999999999]').decode().rstrip("=")
     _, stamp, signature = make_grant("token", listen=True).split(":")
     with pytest.raises(InvalidGrant, match=INVALID):
@@ -158,22 +152,20 @@ def test_payload_of_another_grant_is_noticed():
 
 
 @pytest.mark.parametrize("salt", ["django.core.signing", "other"])
-def test_other_signed_values_are_no_grants(salt):
-    """What the project signs for another purpose opens nothing here."""
+def test_values_signed_for_other_purposes_are_not_grants(salt):
     text = signing.dumps(["token", "ls", 9_999_999_999], salt=salt)
     with pytest.raises(InvalidGrant, match=INVALID):
         read_grant(text)
 
 
-def test_value_of_another_shape_is_no_grant():
-    """A value with the right signature and the wrong number of parts is refused."""
+def test_a_signed_value_of_another_shape_is_not_a_grant():
     text = signing.dumps(["token", "ls"], salt=grants._SALT)
     with pytest.raises(InvalidGrant, match=INVALID):
         read_grant(text)
 
 
-def test_secret_key_can_be_rotated(settings):
-    """SECRET_KEY_FALLBACKS keeps the grants of the old key good, and no longer than that."""
+def test_secret_key_fallbacks_keep_old_grants_valid(settings):
+    """Without the fallback they are not valid."""
     text = make_grant("token", listen=True)
     old, settings.SECRET_KEY = settings.SECRET_KEY, "new"
     with pytest.raises(InvalidGrant, match=INVALID):
@@ -185,8 +177,8 @@ def test_secret_key_can_be_rotated(settings):
         read_grant(text)
 
 
-def test_clock_is_the_wall_clock(monkeypatch):
-    """A grant made on one machine is read on another: its expiry is the time of day."""
+def test_the_expiry_is_a_time_of_day(monkeypatch):
+    """A grant that one machine makes is read on another one."""
     monkeypatch.undo()
     before = time.time()
     expires = read_grant(make_grant("token", listen=True, seconds=100)).expires
@@ -194,24 +186,22 @@ def test_clock_is_the_wall_clock(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [["a"], ["a", "b"], ("a", "ünï😀"), ["a", "a"]], ids=ascii)
-def test_grant_for_several_tokens(tokens):
-    """A grant may hold a list of tokens, in their order."""
+def test_a_grant_contains_several_tokens_in_their_order(tokens):
     assert read_grant(make_grant(tokens, listen=True)).tokens == tuple(tokens)
 
 
 @pytest.mark.parametrize(
     ("tokens", "reason"),
-    [([], "the list is empty"), (["a", ""], "token is empty"), (["a", "\0"], "holds NUL")],
+    [([], "the list is empty"), (["a", ""], "token is empty"), (["a", "\0"], "contains NUL")],
     ids=["none", "empty", "nul"],
 )
-def test_grant_for_several_of_which_one_is_bad(tokens, reason):
-    """One bad token is enough that no grant is made."""
+def test_make_grant_refuses_a_list_with_a_token_that_is_not_valid(tokens, reason):
     with pytest.raises(ValueError, match=reason):
         make_grant(tokens, listen=True)
 
 
-def test_grant_is_read_as_of_another_time(clock):
-    """A stream that began before the expiry keeps what its grant gave it."""
+def test_the_expiry_is_checked_at_the_time_that_is_passed(clock):
+    """The recheck of a stream passes the time when it was opened."""
     text = make_grant("token", listen=True, seconds=59.75)
     clock(1000)
     assert read_grant(text, NOW + 59.5).listen
@@ -220,14 +210,13 @@ def test_grant_is_read_as_of_another_time(clock):
             read_grant(text, at)
 
 
-def test_time_does_not_make_a_forged_grant_good():
-    """The signature counts at any time."""
+def test_a_forged_grant_is_not_valid_at_any_time():
     with pytest.raises(InvalidGrant, match=INVALID):
         read_grant(make_grant("token", listen=True)[:-1], 0.0)
 
 
-def test_a_session_key_is_hashed() -> None:
-    """Its key cannot be read from what stands for it, and another one differs."""
+def test_the_hash_of_a_session_key_does_not_contain_the_key() -> None:
+    """Different keys have different hashes."""
     hidden = hash_session_key("secret-key")
     assert "secret" not in hidden
     assert hidden == hash_session_key("secret-key") != hash_session_key("secret-kez")

@@ -1,4 +1,4 @@
-"""The choice of the history."""
+"""Tests of the choice of the history."""
 
 from __future__ import annotations
 
@@ -11,43 +11,50 @@ from django.core.exceptions import ImproperlyConfigured
 
 from django_eventsource import history
 from django_eventsource.history import History, get_history
-from django_eventsource.history.database import DatabaseHistory
+from django_eventsource.history.database.backend import DatabaseHistory
 from django_eventsource.history.memory import MemoryHistory
 
 
-class OutsidersHistory(MemoryHistory):
-    """A backend as somebody else would write it."""
+class ThirdPartyHistory(MemoryHistory):
+    """A backend as a third party would write it."""
 
     def __init__(self, *, COLOUR: str, **options: object) -> None:  # noqa: N803
         super().__init__(**options)
         self.colour = COLOUR
 
 
-def test_the_default_is_the_database() -> None:
-    """Without a setting the history is Django's own database."""
+def test_the_default_history_is_the_default_database() -> None:
     history = get_history()
     assert isinstance(history, DatabaseHistory)
     assert history.using == "default"
     assert history.shared
 
 
-def test_one_history_for_the_process(settings) -> None:
-    """It is made once, and made anew when its setting changes."""
+def test_the_history_is_made_once_until_its_setting_changes(settings) -> None:
     first = get_history()
     assert get_history() is first
     settings.EVENTSOURCE_HISTORY = {
-        "BACKEND": "tests.test_history.OutsidersHistory",
+        "BACKEND": "tests.unit.test_history.ThirdPartyHistory",
         "OPTIONS": {"COLOUR": "red", "MAX_EVENTS": 5},
     }
     other = get_history()
-    assert isinstance(other, OutsidersHistory)
+    assert isinstance(other, ThirdPartyHistory)
     assert (other.colour, other.max_events, other.shared) == ("red", 5, False)
     settings.EVENTSOURCE_POLL_SECONDS = 1
     assert get_history() is other
 
 
-def test_threads_get_the_same_history(settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many threads ask first."""
+def test_a_reset_drops_the_history_and_its_lock() -> None:
+    """A forked process resets it. A thread of its parent may have held the lock."""
+    first, lock = get_history(), history._lock
+    with lock:
+        history._reset()
+        assert get_history() is not first
+
+
+def test_threads_that_ask_at_once_get_the_same_history(
+    settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings.EVENTSOURCE_HISTORY = {"BACKEND": "django_eventsource.history.memory.MemoryHistory"}
     barrier = threading.Barrier(8)
     real = history.make_history
@@ -83,8 +90,9 @@ def test_threads_get_the_same_history(settings, monkeypatch: pytest.MonkeyPatch)
         ("database", 'must be a dictionary with "BACKEND" and "OPTIONS"'),
     ],
 )
-def test_a_bad_setting_is_named(settings, setting: object, message: str) -> None:
-    """What is wrong in EVENTSOURCE_HISTORY is said."""
+def test_a_wrong_setting_raises_an_error_that_names_it(
+    settings, setting: object, message: str
+) -> None:
     settings.EVENTSOURCE_HISTORY = setting
     with pytest.raises(ImproperlyConfigured, match=f"EVENTSOURCE_HISTORY.*{message}"):
         get_history()

@@ -1,34 +1,34 @@
-"""The memory history, beyond the contract."""
+"""Tests of the memory history beyond the contract."""
 
 from __future__ import annotations
 
 import threading
+from typing import Any
 
+from django_eventsource.history import History, Slice
 from django_eventsource.history.memory import MemoryHistory
-from tests.histories import add, texts
+from django_eventsource.protocol.cursors import parse_cursor
+from tests.support.events import add, texts
 
 
-def test_an_earlier_process_ids_are_unknown() -> None:
-    """What was read before a restart is answered with reset after it."""
+def test_ids_of_an_earlier_process_are_unknown() -> None:
     before = MemoryHistory()
     floor = before.newest("t")[0]
     (entry,) = add(before, "a")
     after = MemoryHistory()
     add(after, "b")
     for cursor in (floor, entry.seq):
-        assert not after.locate("t", str(cursor)).known
+        assert not after.locate("t", parse_cursor(str(cursor))).known
 
 
-def test_events_are_bounded_as_they_come() -> None:
-    """The ring never holds more than MAX_EVENTS."""
+def test_an_append_trims_events_beyond_max_events() -> None:
     history = MemoryHistory(MAX_EVENTS=3)
     entries = add(history, *"abcdef")
     assert texts(history.read("t", entries[2].seq).entries) == ["d", "e", "f"]
     assert not history.read("t", entries[1].seq).complete
 
 
-def test_threads_get_consecutive_numbers() -> None:
-    """Twenty threads at once get each number once."""
+def test_twenty_threads_get_consecutive_numbers() -> None:
     history = MemoryHistory()
     entries = []
 
@@ -43,3 +43,20 @@ def test_threads_get_consecutive_numbers() -> None:
         thread.join()
     numbers = sorted(entry.seq for entry in entries)
     assert numbers == list(range(numbers[0], numbers[0] + 1000))
+
+
+class BlockingHistory(MemoryHistory):
+    """A backend of a third party that blocks and does not declare anything."""
+
+    call = History.call
+
+    def read(self, *args: Any, **kwargs: Any) -> Slice:
+        self.thread = threading.get_ident()
+        return super().read(*args, **kwargs)
+
+
+async def test_a_blocking_history_runs_outside_of_the_event_loop() -> None:
+    history = BlockingHistory()
+    (entry,) = add(history, "a")
+    assert (await history.aread("t", entry.seq - 1)).entries == (entry,)
+    assert history.thread != threading.get_ident()

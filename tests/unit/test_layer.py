@@ -1,18 +1,72 @@
-"""The loop on which synchronous code sends."""
+"""The choice of the channel layer, and the loop on which synchronous code sends."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from channels.layers import InMemoryChannelLayer, get_channel_layer
+from django.core.exceptions import ImproperlyConfigured
 
-from django_eventsource import background as module
-from django_eventsource.background import Background, in_forks
-from tests.processes import run_python
+from django_eventsource import _runtime
+from django_eventsource.delivery.layer import (
+    Background,
+    get_layer,
+    is_process_local,
+    make_hub_layer,
+)
+
+IN_MEMORY = {"BACKEND": "channels.layers.InMemoryChannelLayer", "CONFIG": {"capacity": 7}}
+SHARED = {"BACKEND": "tests.unit.test_layer.SharedLayer"}
+
+
+class SharedLayer(InMemoryChannelLayer.__mro__[1]):  # type: ignore[misc]
+    """A layer that several processes share."""
+
+
+def test_without_a_configured_layer_each_hub_has_an_in_memory_layer(settings) -> None:
+    settings.CHANNEL_LAYERS = {}
+    assert get_layer() is None
+    assert is_process_local()
+    one, two = make_hub_layer(), make_hub_layer()
+    assert isinstance(one, InMemoryChannelLayer)
+    assert one is not two
+
+
+def test_each_hub_has_its_own_instance_of_an_in_memory_layer(settings) -> None:
+    """Its configuration is kept."""
+    settings.CHANNEL_LAYERS = {"default": IN_MEMORY}
+    assert is_process_local()
+    layer = make_hub_layer()
+    assert layer is not get_channel_layer()
+    assert layer.capacity == 7
+
+
+def test_each_hub_has_its_own_instance_of_a_shared_layer(settings) -> None:
+    settings.CHANNEL_LAYERS = {"default": IN_MEMORY, "events": SHARED}
+    settings.EVENTSOURCE_CHANNEL_LAYER = "events"
+    assert not is_process_local()
+    layer = make_hub_layer()
+    assert isinstance(layer, SharedLayer)
+    assert layer is not get_channel_layer("events")
+
+
+def test_a_layer_whose_package_is_missing_is_an_error_with_its_alias(settings) -> None:
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "nowhere.Layer"}}
+    with pytest.raises(ImproperlyConfigured, match=r"CHANNEL_LAYERS\['default'\] cannot be used"):
+        get_layer()
+
+
+def test_an_unknown_alias_is_an_error_with_the_setting(settings) -> None:
+    settings.EVENTSOURCE_CHANNEL_LAYER = "nowhere"
+    with pytest.raises(ImproperlyConfigured, match=r"EVENTSOURCE_CHANNEL_LAYER.*'nowhere'"):
+        get_layer()
+
+
+# The loop on which synchronous code sends
 
 
 class Layer:
@@ -39,8 +93,8 @@ async def where() -> tuple[asyncio.AbstractEventLoop, str]:
     return asyncio.get_running_loop(), threading.current_thread().name
 
 
-def test_one_loop_for_all(background: Background) -> None:
-    """Whichever thread asks; it is started when first needed."""
+def test_all_threads_send_on_one_loop(background: Background) -> None:
+    """The first send starts it."""
     layer: Any = Layer()
     assert background._loop is None
     found = [background.run(layer, where())]
@@ -56,21 +110,15 @@ def test_one_loop_for_all(background: Background) -> None:
     assert set(found) == {(background._loop, "eventsource-background")}
 
 
-def test_a_fork_while_the_lock_is_held(background: Background) -> None:
-    """The thread that would let go of it is not there in the child."""
+def test_a_reset_replaces_a_lock_that_is_held(background: Background) -> None:
+    """In a fork, the thread that would release the lock does not exist."""
     background._lock.acquire()
-    background.forked()
+    background.reset()
     assert background.run(Layer(), where())  # type: ignore[arg-type]
 
 
-def test_where_processes_do_not_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is nothing to be called then."""
-    monkeypatch.delattr(os, "register_at_fork")
-    in_forks(lambda: None)
-
-
-def test_errors_are_the_callers(background: Background) -> None:
-    """And the loop goes on."""
+def test_an_error_is_raised_in_the_calling_thread(background: Background) -> None:
+    """The loop continues to run."""
 
     async def fail() -> None:
         raise ConnectionError("away")
@@ -81,8 +129,8 @@ def test_errors_are_the_callers(background: Background) -> None:
     assert background.run(layer, where())[0] is background._loop
 
 
-def test_the_end_closes_what_is_open(background: Background) -> None:
-    """On the loop that has it open, each layer once, whatever one of them says."""
+def test_end_closes_each_layer_once_on_its_loop(background: Background) -> None:
+    """An error of one layer does not affect the others."""
     bad: Any = Layer(ConnectionError("away"))
     good: Any = Layer()
     for layer in (bad, good, good):
@@ -95,19 +143,31 @@ def test_the_end_closes_what_is_open(background: Background) -> None:
     assert background.run(good, where())[0] is not loop
 
 
-def test_the_end_of_what_never_began() -> None:
-    """There is nothing to do."""
+def test_end_without_a_loop_does_nothing() -> None:
     Background().end()
 
 
-def test_a_fork_has_its_own(background: Background) -> None:
-    """The thread of the parent does not live on in it."""
+def test_a_reset_ends_the_loop(background: Background) -> None:
+    layer: Any = Layer()
+    loop = background.run(layer, where())[0]
+    background.reset()
+    assert layer.closed == [loop]
+    assert loop.is_closed()
+    assert background.run(layer, where())[0] is not loop
+
+
+def test_a_reset_in_a_fork_drops_the_loop_and_closes_no_connection(
+    background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent still uses the connections."""
     layer: Any = Layer()
     loop = background.run(layer, where())[0]
     thread = background._thread
-    background._pid = os.getpid() + 1
+    with monkeypatch.context() as fork:
+        fork.setattr(_runtime, "_in_fork", True)
+        background.reset()
     background.end()
-    assert layer.closed == [], "the connections are the parent's"
+    assert layer.closed == []
     assert background.run(layer, where())[0] is not loop
     assert not loop.is_closed()
     loop.call_soon_threadsafe(loop.stop)
@@ -116,11 +176,10 @@ def test_a_fork_has_its_own(background: Background) -> None:
     loop.close()
 
 
-def test_a_loop_that_hangs_does_not_hold_up_the_end(
-    background: Background, monkeypatch: pytest.MonkeyPatch
+def test_end_waits_only_a_limited_time_for_a_loop_that_hangs(
+    background: Background,
 ) -> None:
-    """It is left as it is."""
-    monkeypatch.setattr(module, "END_SECONDS", 0.01)
+    background._end_seconds = 0.01
     layer: Any = Layer()
     loop, _ = background.run(layer, where())
     thread = background._thread
@@ -140,29 +199,3 @@ def test_a_loop_that_hangs_does_not_hold_up_the_end(
     loop.run_until_complete(finish())
     assert layer.closed == [loop]
     loop.close()
-
-
-def test_a_process_ends_in_silence(valkey_server: Any) -> None:
-    """One connection for many events, and none is left to complain of."""
-    program = (
-        "from django_eventsource import publish\n"
-        "for n in range(20): publish('t', 'ping', str(n))\n"
-        "print('done')"
-    )
-    layers = {
-        "default": {
-            "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
-            "CONFIG": {"hosts": [valkey_server.url]},
-        }
-    }
-    connections = "total_connections_received"
-    with valkey_server.client() as client:
-        before = int(client.info("stats")[connections])
-        out = run_python(
-            "from django.conf import settings\n"
-            f"settings.CHANNEL_LAYERS = {layers!r}\n"
-            "settings.EVENTSOURCE_HISTORY = "
-            "{'BACKEND': 'django_eventsource.history.memory.MemoryHistory'}\n" + program
-        )
-        assert out == "done\n"
-        assert int(client.info("stats")[connections]) - before <= 3

@@ -7,19 +7,23 @@ import base64
 import pytest
 from django.contrib.auth.models import AnonymousUser, Permission, User
 from django.core.cache import cache
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.test import AsyncClient, AsyncRequestFactory
 
-from django_eventsource import grants, policies, rates
+from django_eventsource import grants, policies
+from django_eventsource.access import time_windows as rates
+from django_eventsource.events import StringEvent
 from django_eventsource.exceptions import NotAuthenticated, RateLimited
 from django_eventsource.grants import make_grant
 from django_eventsource.policies import (
     AllowAny,
     DefaultPolicy,
+    Policy,
     check_rate,
     credentials_of,
-    identify,
+    make_policy,
 )
+from django_eventsource.views import EventSourceView
 
 LISTEN_URL = "/events/poll/token"
 SEND_URL = "/events/ping/token"
@@ -29,7 +33,7 @@ with_users = pytest.mark.django_db(transaction=True)
 
 
 def request(*, user=None, query="", **headers):
-    """Give a request, with AuthenticationMiddleware's auser() if a user is given."""
+    """Return a request, with AuthenticationMiddleware's auser() if a user is passed."""
     made = AsyncRequestFactory().post(f"/?{query}", headers=headers)
     if user is not None:
 
@@ -45,7 +49,7 @@ def basic(text):
 
 
 async def ask(right, made):
-    """Ask the default policy for one of the rights to `token`."""
+    """Return whether the default policy allows one of the rights on `token`."""
     if right == "listen":
         return await DefaultPolicy().can_listen(made, "token")
     return await DefaultPolicy().can_send(made, "token", "ping")
@@ -59,7 +63,7 @@ async def make_user(*permissions, **fields):
 
 
 async def head(client, **headers):
-    """Ask for a stream's headers: the policy's answer is that of GET."""
+    """Return the status of a HEAD, for which the policy is called as for a GET."""
     return (await client.head(LISTEN_URL, headers=headers)).status_code
 
 
@@ -72,7 +76,7 @@ async def post(client, **headers):
 
 @pytest.fixture
 def client(memory_history):
-    """A browser: it is held to Django's CSRF check."""
+    """Return a client that must pass Django's CSRF check, as a browser must."""
     return AsyncClient(enforce_csrf_checks=True)
 
 
@@ -84,30 +88,28 @@ either = pytest.mark.parametrize("right", ["listen", "send"])
 
 @either
 @pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "BEARER  "])
-async def test_grant_in_header(right, scheme):
-    """A grant in `Authorization: Bearer`, in any case, gives its right."""
+async def test_a_bearer_grant_allows_its_right(right, scheme):
+    """The scheme's name is case-insensitive."""
     grant = make_grant("token", **{right: True})
     assert await ask(right, request(Authorization=scheme + grant))
 
 
 @either
-async def test_grant_in_query(right):
-    """A grant in the query does too: a browser's EventSource can set no header."""
+async def test_a_grant_in_the_query_allows_its_right(right):
+    """A browser's EventSource cannot set a header."""
     grant = make_grant("token", **{right: True})
     assert await ask(right, request(query=f"grant={grant}"))
     assert await ask(right, request(query=f"grant={grant}", Authorization=basic("no:body")))
 
 
 @either
-async def test_grant_with_both_rights(right):
-    """A grant may hold both rights."""
+async def test_a_grant_can_allow_both_rights(right):
     grant = make_grant("token", listen=True, send=True)
     assert await ask(right, request(Authorization=f"Bearer {grant}"))
 
 
 @either
-async def test_grant_for_another_token(right):
-    """A grant opens its own token only."""
+async def test_a_grant_for_another_token_is_refused(right):
     grant = make_grant("Token", listen=True, send=True)
     with pytest.raises(PermissionDenied, match=r"^The grant is for another token\.$"):
         await ask(right, request(Authorization=f"Bearer {grant}"))
@@ -116,16 +118,14 @@ async def test_grant_for_another_token(right):
 @pytest.mark.parametrize(
     ("right", "other", "verb"), [("listen", "send", "listen to"), ("send", "listen", "send to")]
 )
-async def test_grant_for_the_other_right(right, other, verb):
-    """The right to listen is not the right to send, nor the other way round."""
+async def test_a_grant_for_the_other_right_is_refused(right, other, verb):
     grant = make_grant("token", **{other: True})
     with pytest.raises(PermissionDenied, match=f"^The grant does not allow to {verb} this token"):
         await ask(right, request(query=f"grant={grant}"))
 
 
 @either
-async def test_expired_grant(right, monkeypatch):
-    """An expired grant is 401: a new one would help."""
+async def test_an_expired_grant_is_not_authenticated(right, monkeypatch):
     grant = make_grant("token", **{right: True}, seconds=60)
     later = grants.time.time() + 61
     monkeypatch.setattr(grants.time, "time", lambda: later)
@@ -135,8 +135,8 @@ async def test_expired_grant(right, monkeypatch):
 
 @either
 @pytest.mark.parametrize("text", ["forged", "a:b:c", "é:é:é"])
-async def test_forged_grant(right, text):
-    """A forged or damaged grant is 401, also for a user who would need none."""
+async def test_a_forged_grant_is_not_authenticated(right, text):
+    """This holds also for a user who needs no grant."""
     user = User(is_superuser=True)
     for made in (
         request(user=user, Authorization=f"Bearer {text}"),
@@ -146,8 +146,7 @@ async def test_forged_grant(right, text):
             await ask(right, made)
 
 
-async def test_header_wins_over_query():
-    """Of two grants the header's is the one that counts."""
+async def test_the_grant_of_the_header_takes_precedence_over_the_query():
     good, other = make_grant("token", listen=True), make_grant("other", listen=True)
     assert await ask("listen", request(Authorization=f"Bearer {good}", query=f"grant={other}"))
     with pytest.raises(PermissionDenied):
@@ -156,8 +155,8 @@ async def test_header_wins_over_query():
 
 @either
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Digest x", "x"])
-async def test_no_grant_and_no_user(right, header):
-    """Without any credentials the answer is 401, saying what is required."""
+async def test_a_request_without_credentials_is_not_authenticated(right, header):
+    """The error names the credentials that are required."""
     for user in (None, AnonymousUser()):
         with pytest.raises(NotAuthenticated, match="A grant for this token, or a login"):
             await ask(right, request(user=user, Authorization=header))
@@ -178,8 +177,8 @@ async def test_no_grant_and_no_user(right, header):
     ],
     ids=["none", "listen", "send", "both", "view"],
 )
-async def test_user_with_model_permissions(client, permissions, listens, sends):
-    """A user's model permission decides, for a session and for HTTP Basic alike."""
+async def test_a_model_permission_allows_a_user(client, permissions, listens, sends):
+    """The user logs in by session or by HTTP Basic."""
     user = await make_user(*permissions)
     with_basic = {"Authorization": basic("user:päss:word")}
     assert [await head(client, **with_basic), await post(client, **with_basic)] == [listens, sends]
@@ -190,8 +189,7 @@ async def test_user_with_model_permissions(client, permissions, listens, sends):
 
 
 @with_users
-async def test_superuser(client):
-    """A superuser may do everything."""
+async def test_a_superuser_may_listen_and_send(client):
     await make_user(is_superuser=True)
     headers = {"Authorization": basic("user:päss:word")}
     assert [await head(client, **headers), await post(client, **headers)] == [200, 200]
@@ -202,8 +200,8 @@ async def test_superuser(client):
     ("backend", "status"),
     [("ModelBackend", 401), ("AllowAllUsersModelBackend", 403)],
 )
-async def test_inactive_user(client, settings, backend, status):
-    """An inactive user may do nothing, even where the backend lets such a user log in."""
+async def test_an_inactive_user_is_refused(client, settings, backend, status):
+    """This holds also if the backend lets the user log in."""
     settings.AUTHENTICATION_BACKENDS = [f"django.contrib.auth.backends.{backend}"]
     user = await make_user(is_superuser=True, is_active=False)
     assert await head(client, Authorization=basic("user:päss:word")) == status
@@ -212,8 +210,7 @@ async def test_inactive_user(client, settings, backend, status):
 
 
 @with_users
-async def test_refusals_name_what_is_missing(client):
-    """The answer to a user without the permission names it."""
+async def test_the_refusal_names_the_missing_permission(client):
     await client.aforce_login(await make_user())
     response = await client.get(LISTEN_URL)
     assert response.content == (
@@ -235,8 +232,8 @@ async def test_refusals_name_what_is_missing(client):
         ("Basic a a", r"credentials cannot be decoded"),
         ("Basic /w==", r"credentials cannot be decoded"),
         ("Basic é", r"credentials cannot be decoded"),
-        (basic("us\0er:x"), r"credentials hold NUL"),
-        (basic("user:\0"), r"credentials hold NUL"),
+        (basic("us\0er:x"), r"credentials contain NUL"),
+        (basic("user:\0"), r"credentials contain NUL"),
     ],
     ids=[
         "password",
@@ -252,16 +249,16 @@ async def test_refusals_name_what_is_missing(client):
         "nul-2",
     ],
 )
-async def test_damaged_or_wrong_basic(right, header, reason):
-    """Wrong or damaged HTTP Basic is 401, also for a request with a good session."""
+async def test_damaged_or_wrong_http_basic_is_not_authenticated(right, header, reason):
+    """This holds also for a request with a valid session."""
     user = await make_user("listen_event", "send_event")
     with pytest.raises(NotAuthenticated, match=reason):
         await ask(right, request(user=user, Authorization=header))
 
 
 @with_users
-async def test_basic_scheme_in_any_case():
-    """The scheme's name is case-insensitive, as RFC 9110 says."""
+async def test_the_basic_scheme_is_case_insensitive():
+    """RFC 9110 defines this."""
     await make_user("listen_event")
     header = basic("user:päss:word").replace("Basic", "bASIC")
     assert await ask("listen", request(Authorization=header))
@@ -285,8 +282,8 @@ async def test_basic_scheme_in_any_case():
     ],
     ids=["nothing", "cookie", "header", "other", "damaged", "origin", "good", "same-origin"],
 )
-async def test_session_post_needs_a_csrf_token(client, cookie, headers, status):
-    """Another site's page cannot send with the session of a user who visits it."""
+async def test_a_post_of_a_session_needs_a_csrf_token(client, cookie, headers, status):
+    """A page of another site cannot send with the session of its visitor."""
     await client.aforce_login(await make_user("send_event"))
     if cookie:
         client.cookies["csrftoken"] = cookie
@@ -294,8 +291,8 @@ async def test_session_post_needs_a_csrf_token(client, cookie, headers, status):
 
 
 @with_users
-async def test_csrf_token_in_a_form_field(client):
-    """A plain HTML form may send, with Django's own hidden field."""
+async def test_a_csrf_token_in_a_form_field_is_accepted(client):
+    """An HTML form sends it in Django's hidden field."""
     await client.aforce_login(await make_user("send_event"))
     client.cookies["csrftoken"] = CSRF
     response = await client.post(
@@ -307,8 +304,8 @@ async def test_csrf_token_in_a_form_field(client):
 
 
 @with_users
-async def test_csrf_token_kept_in_the_session(client, settings):
-    """CSRF_USE_SESSIONS, which reads the session in the database, works too."""
+async def test_a_csrf_token_in_the_session_is_accepted(client, settings):
+    """CSRF_USE_SESSIONS reads the session from the database."""
     settings.CSRF_USE_SESSIONS = True
     await client.aforce_login(await make_user("send_event"))
     assert await post(client, **{"X-CSRFToken": CSRF}) == 403
@@ -319,24 +316,23 @@ async def test_csrf_token_kept_in_the_session(client, settings):
 
 
 @with_users
-async def test_csrf_refusal_says_so(client):
-    """The answer says that it was the CSRF check, and what it missed."""
+async def test_a_csrf_refusal_contains_the_reason(client):
     await client.aforce_login(await make_user("send_event"))
     response = await client.post(SEND_URL, data="x", content_type="text/plain")
     assert response.content == b"CSRF check failed: CSRF cookie not set.\n"
 
 
-async def test_grant_post_needs_no_csrf_token(client):
-    """A grant is no ambient authority: another site's page does not have it."""
+async def test_a_post_with_a_grant_needs_no_csrf_token(client):
+    """A browser does not add a grant to a request of another site."""
     grant = make_grant("token", send=True)
     assert await post(client, Authorization=f"Bearer {grant}") == 200
     assert await post(client) == 401
 
 
-# Other policies, and none of Django's middleware
+# Other policies, and projects without Django's middleware
 
 
-class Refuses:
+class Refuses(Policy):
     async def can_listen(self, request, token):
         return False
 
@@ -344,7 +340,7 @@ class Refuses:
         raise PermissionDenied(f"No {action} to {token} here.")
 
 
-class AsksForLogin:
+class AsksForLogin(Policy):
     async def can_listen(self, request, token):
         raise NotAuthenticated("Who are you?")
 
@@ -352,16 +348,59 @@ class AsksForLogin:
         return token == "token" and action == "ping"
 
 
-async def test_allow_any(client, settings):
-    """AllowAny is one line away, and lets everybody do everything."""
+class NotAsynchronous(AllowAny):
+    def can_listen(self, request, token):
+        return True
+
+
+class WithAnArgument(AllowAny):
+    def __init__(self, argument):
+        raise NotImplementedError
+
+
+async def test_the_base_policy_refuses_every_request(client, settings):
+    """A subclass that overrides one method leaves the other one closed."""
+    settings.EVENTSOURCE_POLICY = "django_eventsource.policies.Policy"
+    assert [await head(client), await post(client)] == [401, 401]
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (request, "must be a subclass of django_eventsource.policies.Policy, not <function"),
+        (StringEvent, "must be a subclass of django_eventsource.policies.Policy, not <class"),
+        (NotAsynchronous, "whose method can_listen() is not asynchronous: define it with `async"),
+        (WithAnArgument, "must be a class that needs no arguments (WithAnArgument.__init__()"),
+    ],
+    ids=["function", "other class", "not async", "argument"],
+)
+def test_an_unusable_policy_is_refused(settings, policy, reason):
+    """The error names the setting or the argument, what was passed, and what is expected."""
+    settings.EVENTSOURCE_POLICY = f"{policy.__module__}.{policy.__name__}"
+    for name, ask in (
+        ("EVENTSOURCE_POLICY", lambda: make_policy()),
+        ("policy", lambda: make_policy(policy)),
+    ):
+        with pytest.raises(ImproperlyConfigured) as caught:
+            ask()
+        assert str(caught.value).startswith(f"{name} ")
+        assert reason in str(caught.value)
+
+
+def test_as_view_refuses_an_unusable_policy():
+    """The error is raised when the URLs are loaded, and not by the first request."""
+    with pytest.raises(ImproperlyConfigured, match="policy must be a subclass of"):
+        EventSourceView.as_view(policy=StringEvent)
+
+
+async def test_allow_any_allows_every_request(client, settings):
     settings.EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
     assert [await head(client), await post(client)] == [200, 200]
     assert await AllowAny().can_send(request(), "token", "close")
 
 
 @with_users
-async def test_own_policy_that_returns_false(client, settings):
-    """False is 401 for somebody unknown, and 403 for somebody known."""
+async def test_false_is_responded_with_401_without_a_user_and_403_with_one(client, settings):
     settings.EVENTSOURCE_POLICY = f"{__name__}.Refuses"
     response = await client.get(LISTEN_URL)
     assert response.status_code == 401
@@ -377,24 +416,26 @@ async def test_own_policy_that_returns_false(client, settings):
         ("AsksForLogin", LISTEN_URL, 401, "Who are you?"),
     ],
 )
-async def test_own_policy_that_raises(client, settings, name, url, status, text):
-    """A policy says why with the exception that it raises."""
+async def test_the_exception_of_a_policy_decides_the_status(
+    client, settings, name, url, status, text
+):
+    """Its text is the response."""
     settings.EVENTSOURCE_POLICY = f"{__name__}.{name}"
     method = client.get if url == LISTEN_URL else client.post
     response = await method(url)
     assert (response.status_code, response.content.decode()) == (status, f"{text}\n")
 
 
-async def test_own_policy_is_told_token_and_action(client, settings):
-    """A policy decides by token and action; CSRF is its own matter."""
+async def test_a_policy_receives_the_token_and_the_action(client, settings):
+    """The policy decides whether CSRF is checked."""
     settings.EVENTSOURCE_POLICY = f"{__name__}.AsksForLogin"
     assert await post(client) == 200
     assert (await client.post("/events/close/token")).status_code == 401
     assert (await client.post("/events/ping/other")).status_code == 401
 
 
-async def test_without_authentication_middleware(client, settings):
-    """A project without users and sessions uses grants, and is closed otherwise."""
+async def test_a_project_without_middleware_can_use_grants(client, settings):
+    """Every other request is refused."""
     settings.MIDDLEWARE = []
     grant = make_grant("token", listen=True, send=True)
     with_grant = {"Authorization": f"Bearer {grant}"}
@@ -404,34 +445,34 @@ async def test_without_authentication_middleware(client, settings):
     assert await head(client) == 401
 
 
-# Who it is
+# Identity
 
 
-async def test_identity_of_nobody():
-    """A grant alone, or nothing, is nobody: empty text."""
+async def test_a_request_without_a_user_is_identified_as_empty_text():
+    """A grant does not identify a user."""
     grant = make_grant("token", listen=True)
-    assert await identify(request(Authorization=f"Bearer {grant}")) == ""
-    assert await identify(request()) == ""
-    assert await identify(request(user=AnonymousUser())) == ""
+    assert await DefaultPolicy().identify(request(Authorization=f"Bearer {grant}")) == ""
+    assert await DefaultPolicy().identify(request()) == ""
+    assert await DefaultPolicy().identify(request(user=AnonymousUser())) == ""
 
 
 @with_users
-async def test_identity_of_a_user():
-    """A session's user and one of HTTP Basic are their primary key, as text."""
+async def test_a_user_is_identified_by_the_primary_key():
+    """The user of a session and the user of HTTP Basic are identified in the same way."""
     user = await make_user("listen_event")
-    assert await identify(request(user=user)) == str(user.pk)
+    assert await DefaultPolicy().identify(request(user=user)) == str(user.pk)
     made = request(Authorization=basic("user:päss:word"))
-    assert await identify(made) == ""  # nobody has checked the password
+    assert await DefaultPolicy().identify(made) == ""  # the password has not been checked
     assert await ask("listen", made)
-    assert await identify(made) == str(user.pk)
+    assert await DefaultPolicy().identify(made) == str(user.pk)
 
 
-# How much
+# Rates
 
 
 @pytest.fixture
 def rate(settings, monkeypatch):
-    """Two events in ten seconds, with the clock stopped; rate(seconds) moves it."""
+    """Allow two events in ten seconds, and return a function that moves the stopped clock."""
     settings.EVENTSOURCE_SEND_RATE = (2, 10)
     cache.clear()
     now = 1_800_000_003.5
@@ -445,16 +486,16 @@ def rate(settings, monkeypatch):
     cache.clear()
 
 
-async def test_no_rate_unless_set(client, settings):
-    """Without the setting nobody is counted, and the cache is not asked."""
+async def test_without_a_send_rate_no_post_is_counted(client, settings):
+    """The cache is not used."""
     settings.CACHES = {"default": {"BACKEND": "nowhere.Cache"}}
     settings.EVENTSOURCE_POLICY = "django_eventsource.policies.AllowAny"
     assert [await post(client) for _ in range(20)] == [200] * 20
 
 
 @pytest.mark.parametrize("policy", ["AllowAny", "DefaultPolicy"])
-async def test_too_many_posts(client, settings, rate, policy):
-    """The third one is 429, with the seconds after which the next is taken; listening goes on."""
+async def test_a_post_over_the_rate_is_responded_with_429(client, settings, rate, policy):
+    """Retry-After contains the seconds until the next window. Listening is not limited."""
     settings.EVENTSOURCE_POLICY = f"django_eventsource.policies.{policy}"
     grant = make_grant("token", listen=True, send=True, seconds=10**9)
     headers = {"Authorization": f"Bearer {grant}"}
@@ -470,15 +511,15 @@ async def test_too_many_posts(client, settings, rate, policy):
 
 
 async def test_refused_posts_are_not_counted(client, rate):
-    """Who may not send is told so, however often, and takes nobody's share."""
+    """A client without permission does not use up the rate."""
     assert [await post(client) for _ in range(4)] == [401] * 4
     grant = make_grant("token", send=True, seconds=10**9)
     assert await post(client, Authorization=f"Bearer {grant}") == 200
 
 
 @with_users
-async def test_each_user_has_a_share(client, rate):
-    """Users are counted apart, wherever they come from; who is nobody by address."""
+async def test_each_user_and_each_address_has_its_own_rate(client, rate):
+    """A user has one rate for all addresses."""
     users = [User(pk=7), User(pk=8)]
     for user in users:
         for _ in range(2):
@@ -495,8 +536,7 @@ async def test_each_user_has_a_share(client, rate):
         assert caught.value.retry_after == 7
 
 
-async def test_user_whose_id_looks_like_an_address(rate):
-    """A user cannot use up an address's share, nor the other way round."""
+async def test_a_user_id_and_an_address_never_share_a_rate(rate):
     made = request(user=User(pk=7))
     for _ in range(2):
         await check_rate(made)
@@ -516,17 +556,17 @@ async def test_a_count_that_the_cache_dropped_refuses_no_sender(rate, monkeypatc
         await check_rate(request())
 
 
-# Asked again, with the stream open
+# Rechecks of an open stream
 
 
 def opened(made, ago=0.0):
-    """What the view does before it asks again."""
+    """Return the request as a recheck passes it."""
     credentials_of(made).opened = grants.time.time() - ago
     return made
 
 
-async def test_grant_that_expired_while_the_stream_is_open(monkeypatch):
-    """It was checked when the stream began, and is good for the stream."""
+async def test_a_grant_that_expires_does_not_end_an_open_stream(monkeypatch):
+    """Its expiry was checked when the stream was opened."""
     grant = make_grant("token", listen=True, seconds=60)
     now = grants.time.time()
     monkeypatch.setattr(grants.time, "time", lambda: now + 1000)
@@ -539,8 +579,7 @@ async def test_grant_that_expired_while_the_stream_is_open(monkeypatch):
 
 
 @with_users
-async def test_basic_user_is_not_authenticated_again(monkeypatch):
-    """The password is hashed once for a stream, not at every look."""
+async def test_a_recheck_does_not_hash_the_password_again(monkeypatch):
     await make_user("listen_event")
     made = request(Authorization=basic("user:päss:word"))
     assert await ask("listen", made)
@@ -556,8 +595,8 @@ async def test_basic_user_is_not_authenticated_again(monkeypatch):
 
 @with_users
 @pytest.mark.parametrize("change", ["password", "inactive", "gone", "permission"])
-async def test_basic_user_who_has_changed(change):
-    """A new password, no account, no permission: the next look refuses."""
+async def test_a_recheck_refuses_a_user_who_has_changed(change):
+    """The password is new, the user is inactive or deleted, or lacks the permission."""
     user = await make_user("listen_event")
     made = request(Authorization=basic("user:päss:word"))
     assert await ask("listen", made)
@@ -576,8 +615,8 @@ async def test_basic_user_who_has_changed(change):
 
 
 @with_users
-async def test_basic_user_whom_nobody_has_checked():
-    """A stream that began without asking this policy gives no right for nothing."""
+async def test_a_recheck_without_an_earlier_check_authenticates_the_user():
+    """A stream that another policy allowed has no verified user."""
     await make_user("listen_event")
     assert await ask("listen", opened(request(Authorization=basic("user:päss:word"))))
     with pytest.raises(NotAuthenticated, match="Wrong user name"):

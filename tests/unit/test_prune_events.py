@@ -25,22 +25,21 @@ def append(token, count):
 
 
 @pytest.mark.parametrize(
-    ("count", "answer"),
+    ("count", "output"),
     [(2, "Removed 0 events.\n"), (3, "Removed 1 event.\n"), (7, "Removed 5 events.\n")],
 )
 @pytest.mark.django_db
-def test_events_over_the_bounds_are_removed(settings, count, answer):
-    """What is over MAX_EVENTS is removed, the oldest first, and the number is told."""
+def test_events_beyond_max_events_are_removed(settings, count, output):
+    """The oldest are removed first, and the command prints their number."""
     settings.EVENTSOURCE_HISTORY = {"OPTIONS": {"MAX_EVENTS": 2}}
     seqs = [entry.seq for entry in append("token", count)]
-    assert prune_events() == answer
+    assert prune_events() == output
     assert list(StoredEvent.objects.order_by("seq").values_list("seq", flat=True)) == seqs[-2:]
     assert prune_events() == "Removed 0 events.\n"
 
 
 @pytest.mark.django_db
-def test_old_events_are_removed(settings):
-    """What is older than MAX_AGE is removed, of every token."""
+def test_events_older_than_max_age_are_removed_of_every_token(settings):
     settings.EVENTSOURCE_HISTORY = {"OPTIONS": {"MAX_AGE": 3600}}
     append("one", 2)
     append("two", 1)
@@ -50,8 +49,7 @@ def test_old_events_are_removed(settings):
     assert StoredEvent.objects.get().seq == kept.seq
 
 
-def test_configured_history_is_the_one_pruned(settings):
-    """The command works on whatever history is configured."""
+def test_the_configured_history_is_pruned(settings):
     settings.EVENTSOURCE_HISTORY = {
         "BACKEND": "django_eventsource.history.memory.MemoryHistory",
         "OPTIONS": {"MAX_EVENTS": 2},
@@ -62,20 +60,20 @@ def test_configured_history_is_the_one_pruned(settings):
     assert get_history().prune() == 0
 
 
-def test_help_says_what_it_is_for(capsys):
-    """The command's help says when to run it."""
+def test_the_help_states_when_to_run_the_command(capsys):
     with pytest.raises(SystemExit) as left:
         call_command("prune_events", "--help")
     assert left.value.code == 0
     assert "MAX_EVENTS, MAX_BYTES or MAX_AGE" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_database_that_fails_is_told_in_one_line(monkeypatch):
-    """A missing table is one line with the way out."""
+def test_a_missing_table_is_reported_in_one_line(monkeypatch):
+    """The line names the way out."""
     monkeypatch.setattr(
         get_history(), "prune", lambda: (_ for _ in ()).throw(OperationalError("no such table: x"))
     )
     with pytest.raises(
-        CommandError, match=r"failed: no such table: x\. Was `manage.py migrate` run"
+        CommandError,
+        match=r"failed: no such table: x\. If tables are missing, run `manage.py migrate`",
     ):
         call_command("prune_events")

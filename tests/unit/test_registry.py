@@ -1,4 +1,4 @@
-"""Listeners: who is counted, for how long, and against which limits."""
+"""The registry: counts, limits and deadlines of open streams."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from django_eventsource.history import Position
-from django_eventsource.listeners import Limit, Listener, Registry
-from django_eventsource.responses import EventStreamResponse, Slot
-from django_eventsource.streams import EventStream, Reason
-from tests.lines import at_each_line
+from django_eventsource.protocol.cursors import Cursor
+from django_eventsource.signals import Listener, Reason
+from django_eventsource.streaming.open_stream import OpenStream
+from django_eventsource.streaming.registry import Limit, Registry
+from django_eventsource.streaming.response import EventStreamResponse, Slot
+from tests.support.lines import at_each_line
 
 pytestmark = pytest.mark.usefixtures("memory_history")
 
@@ -30,8 +32,9 @@ def registry() -> Registry:
     return Registry()
 
 
-def make_stream() -> EventStream:
-    return EventStream("a", Position(seq=1, cursor="1"))
+def make_stream(listener: Listener, recheck: Any = None) -> OpenStream:
+    position = Position(seq=1, cursor=Cursor.at(1))
+    return OpenStream("a", position, listener=listener, recheck=recheck)
 
 
 def make_listener(*tokens: str, **options: Any) -> Listener:
@@ -39,18 +42,23 @@ def make_listener(*tokens: str, **options: Any) -> Listener:
 
 
 class Ends:
-    """What a registry tells of ended streams."""
+    """The ended streams that a registry reports."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[Listener, Reason | None]] = []
+        self.reported: list[tuple[Listener, Reason | None]] = []
 
-    def __call__(self, listener: Listener, stream: EventStream) -> None:
-        self.told.append((listener, stream.reason))
+    def __call__(self, stream: OpenStream) -> None:
+        self.reported.append((stream.listener, stream.reason))
 
 
-def admit(registry: Registry, listener: Listener, ends: Ends | None = None) -> EventStream | Limit:
-    stream = make_stream()
-    return registry.admit(stream, listener, ends or Ends()) or stream
+def admit(
+    registry: Registry,
+    listener: Listener,
+    ends: Ends | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+) -> OpenStream | Limit:
+    stream = make_stream(listener)
+    return registry.admit(stream, loop=loop, on_end=ends or Ends()) or stream
 
 
 def is_empty(registry: Registry) -> bool:
@@ -61,102 +69,100 @@ def is_empty(registry: Registry) -> bool:
 # Counting
 
 
-async def test_streams_are_counted_by_token(registry: Registry) -> None:
-    """A stream of several tokens counts for each of them, and as one stream."""
+async def test_a_stream_counts_for_each_of_its_tokens(registry: Registry) -> None:
     one = admit(registry, make_listener("a", "b"))
     two = admit(registry, make_listener("b"))
     assert [registry.count(token) for token in "abc"] == [1, 2, 0]
-    assert {stream for stream, _ in registry.streams()} == {one, two}
-    assert isinstance(one, EventStream)
+    assert set(registry.streams()) == {one, two}
+    assert isinstance(one, OpenStream)
     await one.aclose()
     assert [registry.count(token) for token in "abc"] == [0, 1, 0]
-    assert [stream for stream, _ in registry.streams()] == [two]
+    assert list(registry.streams()) == [two]
 
 
-async def test_a_stream_closed_twice_is_counted_out_once(registry: Registry) -> None:
-    """Closing, aborting and dropping it tell of one end, with its first reason."""
+async def test_a_stream_that_ends_twice_is_subtracted_once(registry: Registry) -> None:
+    """Its first reason is reported."""
     ends = Ends()
     other = admit(registry, make_listener())
     listener = make_listener()
     stream = admit(registry, listener, ends)
-    assert isinstance(stream, EventStream)
+    assert isinstance(stream, OpenStream)
     stream.abort(Reason.STALLED)
     await stream.aclose()
-    stream.end(Reason.AGE)
+    stream.end(Reason.MAX_AGE)
     del stream
     gc.collect()
-    assert ends.told == [(listener, Reason.STALLED)]
+    assert ends.reported == [(listener, Reason.STALLED)]
     assert registry.count("a") == 1
-    assert isinstance(other, EventStream)
+    assert isinstance(other, OpenStream)
 
 
-async def test_a_stream_that_was_never_iterated_over(registry: Registry) -> None:
-    """One that is dropped leaves nothing behind, and its listener has left."""
+async def test_a_dropped_stream_is_subtracted_and_its_client_disconnected(
+    registry: Registry,
+) -> None:
     ends = Ends()
     listener = make_listener(user="7", address="::1")
     stream = admit(registry, listener, ends)
     del stream
     assert is_empty(registry)
-    assert ends.told == [(listener, Reason.LEFT)]
+    assert ends.reported == [(listener, Reason.CLIENT_DISCONNECTED)]
 
 
-async def test_a_stream_dropped_in_another_thread(registry: Registry) -> None:
-    """Whoever lets go of it last, it is counted out."""
+async def test_a_stream_dropped_in_another_thread_is_subtracted(registry: Registry) -> None:
     ends = Ends()
     holder = [admit(registry, make_listener(), ends)]
     thread = threading.Thread(target=holder.clear)
     thread.start()
     thread.join()
     assert is_empty(registry)
-    assert len(ends.told) == 1
+    assert len(ends.reported) == 1
 
 
-async def test_a_stream_in_a_cycle(registry: Registry) -> None:
-    """The garbage collector's streams are counted out as well."""
+async def test_a_stream_in_a_reference_cycle_is_subtracted(registry: Registry) -> None:
     ends = Ends()
     listener = make_listener()
     stream: Any = admit(registry, listener, ends)
-    stream.on_abort = stream.aclose
+    stream.recheck = stream.aclose
     del stream
     assert is_empty(registry)
-    assert len(ends.told) == 1
+    assert len(ends.reported) == 1
 
 
-async def test_a_stream_left_in_its_slot_is_forgotten(registry: Registry) -> None:
-    """What the listener knows of its request does not keep its stream alive."""
+async def test_the_recheck_of_a_stream_does_not_keep_it_alive(registry: Registry) -> None:
+    """The recheck refers to the request, whose slot refers to the stream."""
     admit_into_slot(registry)
     assert is_empty(registry)
 
 
 def admit_into_slot(registry: Registry) -> None:
-    """What the view and Django's handler do, up to where the stream is to be served."""
+    """Do what the view and Django's handler do before the stream is sent."""
     request: Any = AsyncRequestFactory().get("/")
     slot = request.scope[Slot.KEY] = Slot({})
 
     async def recheck() -> bool:
         return request is not None
 
-    stream: Any = admit(registry, make_listener(recheck=recheck))
+    stream: Any = make_stream(make_listener(), recheck)
+    assert registry.admit(stream) is None
     response: Any = EventStreamResponse(stream, slot)
-    response._handler_class = object  # as Django's handler marks what it sends
+    response._handler_class = object  # Django's handler sets it on the response that it sends
     aiter(response)
     assert slot.stream is stream
 
 
-async def test_what_is_asked_while_a_stream_ends(registry: Registry) -> None:
-    """Whoever goes through the streams may end them on the way."""
+async def test_streams_may_end_while_the_registry_is_iterated_over(registry: Registry) -> None:
     streams = [admit(registry, make_listener()) for _ in range(5)]
-    for stream, _ in registry.streams():
-        stream.abort(Reason.CLOSED)
+    for stream in registry.streams():
+        stream.abort(Reason.CLOSE_REQUESTED)
     assert is_empty(registry)
-    assert all(stream.reason is Reason.CLOSED for stream in streams)
+    assert all(stream.reason is Reason.CLOSE_REQUESTED for stream in streams)
 
 
 @pytest.mark.parametrize("method", ["streams", "limit", "admit", "count", "has"])
-async def test_streams_that_the_garbage_collector_ends_during_a_call_are_counted_out(
+async def test_streams_that_the_garbage_collector_deletes_during_a_call_are_subtracted(
     settings, registry: Registry, method: str
 ) -> None:
-    """It runs in any thread, between any two lines: also in one that holds the lock."""
+    """It runs between any two lines, also in a thread that holds the lock."""
     settings.EVENTSOURCE_MAX_STREAMS = 1000
     kept = [admit(registry, make_listener(user="7")) for _ in range(20)]
     dropped = [admit(registry, make_listener(user="7")) for _ in range(20)]
@@ -171,15 +177,15 @@ async def test_streams_that_the_garbage_collector_ends_during_a_call_are_counted
         with at_each_line(lambda: dropped and dropped.pop()):
             calls[method]()
     assert registry.count("a") == len(kept)
-    assert {stream for stream, _ in registry.streams()} == set(kept)
+    assert set(registry.streams()) == set(kept)
     kept.clear()
     assert is_empty(registry)
 
 
-async def test_a_signal_handler_walks_over_the_streams_between_any_two_lines(
+async def test_a_signal_handler_can_iterate_over_the_streams_between_any_two_lines(
     registry: Registry,
 ) -> None:
-    """It interrupts the thread that holds the lock, and must not wait for it."""
+    """It interrupts the thread that holds the lock and must not wait for it."""
     walks: list[int] = []
     previous = signal.signal(
         signal.SIGUSR1, lambda number, frame: walks.append(len(list(registry.streams())))
@@ -188,7 +194,7 @@ async def test_a_signal_handler_walks_over_the_streams_between_any_two_lines(
     try:
         with at_each_line(lambda: signal.raise_signal(signal.SIGUSR1)):
             streams += [admit(registry, make_listener()) for _ in range(3)]
-            streams.pop().abort(Reason.CLOSED)
+            streams.pop().abort(Reason.CLOSE_REQUESTED)
             assert registry.count("a") == 2
     finally:
         signal.signal(signal.SIGUSR1, previous)
@@ -197,17 +203,15 @@ async def test_a_signal_handler_walks_over_the_streams_between_any_two_lines(
     assert is_empty(registry)
 
 
-async def test_streams_of_one_loop(registry: Registry) -> None:
-    """Each event loop looks after its own."""
+async def test_streams_can_be_limited_to_one_event_loop(registry: Registry) -> None:
     loop = asyncio.get_running_loop()
-    mine = admit(registry, make_listener(loop=loop))
+    mine = admit(registry, make_listener(), loop=loop)
     other = admit(registry, make_listener())
-    assert [stream for stream, _ in registry.streams(loop)] == [mine]
-    assert {stream for stream, _ in registry.streams()} == {mine, other}
+    assert list(registry.streams(loop)) == [mine]
+    assert set(registry.streams()) == {mine, other}
 
 
-def test_many_threads(registry: Registry) -> None:
-    """However many come and go at once, the limit holds and the count comes out at nothing."""
+def test_the_limit_holds_with_many_threads(registry: Registry) -> None:
     most = 0
 
     def work() -> None:
@@ -215,8 +219,8 @@ def test_many_threads(registry: Registry) -> None:
         for _ in range(200):
             stream = admit(registry, make_listener("a", "b", user="7"))
             most = max(most, registry.count("a"))
-            if isinstance(stream, EventStream):
-                stream.abort(Reason.CLOSED)
+            if isinstance(stream, OpenStream):
+                stream.abort(Reason.CLOSE_REQUESTED)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -240,8 +244,7 @@ def test_many_threads(registry: Registry) -> None:
         max_size=12,
     )
 )
-def test_counts_are_those_of_the_open_streams(comers: list[Any]) -> None:
-    """Whoever comes and goes, what is counted is what is open."""
+def test_the_counts_equal_the_open_streams_whatever_happens(comers: list[Any]) -> None:
     registry = Registry()
     open_ones: list[Any] = []
     for tokens, user, address, exclusive, what in comers:
@@ -256,7 +259,7 @@ def test_counts_are_those_of_the_open_streams(comers: list[Any]) -> None:
         elif what == "close":
             asyncio.run(stream.aclose())
         elif what == "abort":
-            stream.abort(Reason.CLOSED)
+            stream.abort(Reason.CLOSE_REQUESTED)
         del stream
         for token in "abc":
             expected = sum(token in other.tokens for _, other in open_ones)
@@ -265,8 +268,7 @@ def test_counts_are_those_of_the_open_streams(comers: list[Any]) -> None:
     assert is_empty(registry)
 
 
-async def test_whose_streams_there_may_be(registry: Registry) -> None:
-    """What no stream matches can be told without a look at each of them."""
+async def test_has_returns_false_if_no_stream_matches(registry: Registry) -> None:
     stream = admit(registry, make_listener(user="7", session="s"))
     other = admit(registry, make_listener())
     assert registry.has(None, None)
@@ -275,11 +277,25 @@ async def test_whose_streams_there_may_be(registry: Registry) -> None:
     assert registry.has("7", "s")
     assert not registry.has("8", None)
     assert not registry.has("7", "r")
-    assert isinstance(stream, EventStream)
+    assert isinstance(stream, OpenStream)
     await stream.aclose()
     assert not registry.has("7", None)
     assert not registry.has(None, "s")
-    assert isinstance(other, EventStream)
+    assert isinstance(other, OpenStream)
+
+
+async def test_a_stream_that_ends_after_a_reset_is_not_subtracted(registry: Registry) -> None:
+    """A forked process deletes the streams of its parent, which it does not count."""
+    ends = Ends()
+    stream = admit(registry, make_listener(), ends)
+    assert isinstance(stream, OpenStream)
+    registry.reset()
+    assert registry.count("a") == 0
+    await stream.aclose()
+    assert ends.reported == []
+    other = admit(registry, make_listener())
+    assert registry.count("a") == 1
+    assert isinstance(other, OpenStream)
 
 
 # Limits
@@ -294,7 +310,7 @@ async def test_whose_streams_there_may_be(registry: Registry) -> None:
         ("MAX_STREAMS_PER_ADDRESS", Limit.ADDRESS, {"address": "::1"}, {"address": "1::1"}),
     ],
 )
-async def test_limits(
+async def test_one_stream_more_than_the_limit_is_refused_and_not_counted(
     settings,
     registry: Registry,
     setting: str,
@@ -302,7 +318,6 @@ async def test_limits(
     same: dict[str, Any],
     other: dict[str, Any] | None,
 ) -> None:
-    """One more than allowed is refused and counts for nothing; when one ends there is room."""
     setattr(settings, f"EVENTSOURCE_{setting}", 2)
     assert limit == f"EVENTSOURCE_{setting}"
     streams = [admit(registry, make_listener("a", "b", **same)) for _ in range(2)]
@@ -312,84 +327,80 @@ async def test_limits(
         assert registry.limit(late) is limit
         assert admit(registry, late, ends) is limit
     assert registry.count("c") == 0
-    assert ends.told == []
+    assert ends.reported == []
     if other is not None:
         stranger = admit(registry, make_listener(*other.pop("tokens", ("a",)), **other))
-        assert isinstance(stranger, EventStream)
+        assert isinstance(stranger, OpenStream)
         await stranger.aclose()
-    assert isinstance(streams[0], EventStream)
+    assert isinstance(streams[0], OpenStream)
     await streams[0].aclose()
     assert registry.limit(late) is None
     last = admit(registry, late, ends)
-    assert isinstance(last, EventStream)
+    assert isinstance(last, OpenStream)
     assert registry.count("c") == 1
 
 
-async def test_nobody_is_no_user(settings, registry: Registry) -> None:
-    """Listeners without a user, or without an address, are not counted together."""
+async def test_listeners_without_a_user_or_address_are_not_counted_together(
+    settings, registry: Registry
+) -> None:
     settings.EVENTSOURCE_MAX_STREAMS_PER_USER = 1
     settings.EVENTSOURCE_MAX_STREAMS_PER_ADDRESS = 1
     streams = [admit(registry, make_listener()) for _ in range(3)]
     assert registry.count("a") == len(set(streams)) == 3
 
 
-async def test_a_lowered_limit(settings, registry: Registry) -> None:
-    """Who is there stays; nobody more comes."""
+async def test_a_lowered_limit_applies_to_new_streams_only(settings, registry: Registry) -> None:
     streams = [admit(registry, make_listener()) for _ in range(3)]
     settings.EVENTSOURCE_MAX_STREAMS_PER_TOKEN = 1
     assert admit(registry, make_listener()) is Limit.TOKEN
     assert registry.count("a") == len(streams)
 
 
-async def test_exclusive(registry: Registry) -> None:
-    """One that must be alone on its tokens is refused while anybody is on one of them."""
+async def test_an_exclusive_listener_is_refused_while_a_token_has_another(
+    registry: Registry,
+) -> None:
     other = admit(registry, make_listener("b"))
     alone = make_listener("a", "b", exclusive=True)
     assert registry.limit(alone) is Limit.EXCLUSIVE
     assert admit(registry, alone) is Limit.EXCLUSIVE
     assert registry.count("a") == 0
-    assert isinstance(other, EventStream)
+    assert isinstance(other, OpenStream)
     await other.aclose()
     stream = admit(registry, alone)
-    assert isinstance(stream, EventStream)
+    assert isinstance(stream, OpenStream)
     assert admit(registry, make_listener("a", exclusive=True)) is Limit.EXCLUSIVE
-    assert isinstance(admit(registry, make_listener("c", exclusive=True)), EventStream)
+    assert isinstance(admit(registry, make_listener("c", exclusive=True)), OpenStream)
 
 
 @pytest.mark.parametrize("name", ["STREAM_MAX_AGE_SECONDS", "RECHECK_SECONDS", "MAX_STREAMS"])
-async def test_a_wrong_setting_counts_nobody(settings, registry: Registry, name: str) -> None:
-    """An error while a stream is admitted leaves no count behind."""
+async def test_an_invalid_setting_leaves_no_count(settings, registry: Registry, name: str) -> None:
     setattr(settings, f"EVENTSOURCE_{name}", 0)
-    stream = make_stream()
+    stream = make_stream(make_listener())
     with pytest.raises(ImproperlyConfigured):
-        registry.admit(stream, make_listener(), Ends())
+        registry.admit(stream)
     del stream
     assert is_empty(registry)
 
 
-# When to look
+# StreamTimeouts
 
 
-async def test_when_a_stream_is_due(settings, registry: Registry) -> None:
-    """Not all at once: each somewhere in the last quarter of its time."""
+async def test_deadlines_are_spread_over_the_last_quarter(settings, registry: Registry) -> None:
     settings.EVENTSOURCE_STREAM_MAX_AGE_SECONDS = 1000
     settings.EVENTSOURCE_RECHECK_SECONDS = 100
     loop = asyncio.get_running_loop()
     now = loop.time()
-    listeners = [make_listener() for _ in range(20)]
-    streams = [admit(registry, listener) for listener in listeners]
+    streams: list[Any] = [admit(registry, make_listener()) for _ in range(20)]
     assert registry.count("a") == len(streams)
-    for listener in listeners:
-        assert 750 <= listener.ends_at - now <= 1010
-        assert 75 <= listener.recheck_at - now <= 110
-    assert len({listener.ends_at for listener in listeners}) == 20
+    for stream in streams:
+        assert 750 <= stream.ends_at - now <= 1010
+        assert 75 <= stream.recheck_at - now <= 110
+    assert len({stream.ends_at for stream in streams}) == 20
 
 
-async def test_never_due(settings, registry: Registry) -> None:
-    """Without a time there is no end and no second look."""
+async def test_a_setting_of_none_sets_no_deadline(settings, registry: Registry) -> None:
     settings.EVENTSOURCE_STREAM_MAX_AGE_SECONDS = None
     settings.EVENTSOURCE_RECHECK_SECONDS = None
-    listener = make_listener()
-    stream = admit(registry, listener)
-    assert isinstance(stream, EventStream)
-    assert listener.ends_at == listener.recheck_at == float("inf")
+    stream = admit(registry, make_listener())
+    assert isinstance(stream, OpenStream)
+    assert stream.ends_at == stream.recheck_at == float("inf")

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from django_eventsource import reads as module
-from django_eventsource.feeds import Feed
-from django_eventsource.history import Draft, Entry, Slice
+from django_eventsource.delivery import replay_cache as module
+from django_eventsource.delivery.feed import Feed
+from django_eventsource.delivery.replay_cache import ReplayCache
+from django_eventsource.history import Draft, Entry, Head, Slice
 from django_eventsource.history.memory import MemoryHistory
-from django_eventsource.reads import Reads
-from tests.histories import add, texts
+from tests.support.events import add, texts
 
 
 class Store:
@@ -43,29 +43,30 @@ def store() -> Store:
 
 
 @pytest.fixture
-def reads(store: Store) -> Reads:
-    return Reads(store.read)
+def reads(store: Store) -> ReplayCache:
+    return ReplayCache(store.read)
 
 
 @pytest.fixture
 def feed() -> Feed:
-    return Feed("t", "g", lambda: None)
+    return Feed("t", lambda: None)
 
 
-async def replay(reads: Reads, feed: Feed, store: Store, place: int) -> list[bytes]:
-    """What a listener gets that comes back after so many events, up to the end."""
-    place += store.start
+async def replay(reads: ReplayCache, feed: Feed, store: Store, position: int) -> list[bytes]:
+    """Return what a listener receives that reconnects after some events, up to the end."""
+    position += store.start
     got = []
-    while place < store.end:
-        slice_ = await reads.read(feed, place)
+    while position < store.end:
+        slice_ = await reads.read(feed, position)
         assert slice_.complete
         got += [batch.data for batch in slice_.batches]
-        place = slice_.entries[-1].seq
+        position = slice_.entries[-1].seq
     return got
 
 
-async def test_listeners_that_come_back_at_once(reads: Reads, feed: Feed, store: Store) -> None:
-    """A thousand of them cost the reads of one, and share its bytes."""
+async def test_a_thousand_listeners_cost_the_reads_of_one_and_share_its_bytes(
+    reads: ReplayCache, feed: Feed, store: Store
+) -> None:
     all_got = await asyncio.gather(*(replay(reads, feed, store, 0) for _ in range(1000)))
     assert [after for after, _ in store.asked] == list(range(0, 1000, 100))
     assert len(all_got[0]) == 10
@@ -73,37 +74,40 @@ async def test_listeners_that_come_back_at_once(reads: Reads, feed: Feed, store:
         assert all(one is other for one, other in zip(got, all_got[0], strict=True))
 
 
-async def test_listeners_from_different_places(reads: Reads, feed: Feed, store: Store) -> None:
-    """Their common tail is read once; each gets all that follows its place."""
+async def test_the_common_events_of_listeners_at_different_positions_are_read_once(
+    reads: ReplayCache, feed: Feed, store: Store
+) -> None:
     whole = b"".join(entry.frame() for entry in store.entries)
-    places = [0, 950, 17, 100, 512, 0, 999, 998, 350]
-    all_got = await asyncio.gather(*(replay(reads, feed, store, place) for place in places))
-    for place, got in zip(places, all_got, strict=True):
-        frames = b"".join(entry.frame() for entry in store.entries[place:])
+    positions = [0, 950, 17, 100, 512, 0, 999, 998, 350]
+    all_got = await asyncio.gather(
+        *(replay(reads, feed, store, position) for position in positions)
+    )
+    for position, got in zip(positions, all_got, strict=True):
+        frames = b"".join(entry.frame() for entry in store.entries[position:])
         assert b"".join(got) == frames
         assert whole.endswith(frames)
     read = [n for after, most in store.asked for n in range(after, after + min(most, 100))]
     assert len([n for n in read if n < 1000]) == len({n for n in read if n < 1000})
 
 
-async def test_a_read_stops_where_the_next_begins(reads: Reads, feed: Feed, store: Store) -> None:
-    """Who missed more than the others reads only what they did not need."""
+async def test_a_read_stops_at_the_start_of_the_next_cached_slice(
+    reads: ReplayCache, feed: Feed, store: Store
+) -> None:
     await replay(reads, feed, store, 500)
     store.asked.clear()
     await replay(reads, feed, store, 430)
     assert store.asked == [(430, 70)]
 
 
-async def test_a_place_that_never_was_is_asked_of_the_history(
-    reads: Reads, feed: Feed, store: Store
+async def test_a_position_that_is_not_an_event_of_the_slice_is_read_from_the_history(
+    reads: ReplayCache, feed: Feed, store: Store
 ) -> None:
-    """What is kept vouches only for what follows its own events."""
     slice_ = await reads.read(feed, store.start)
     gap = Slice(
         entries=(*slice_.entries[:10], *slice_.entries[20:]), complete=True, last=store.end
     )
-    kept = reads._kept[feed, store.start]
-    reads._kept[feed, store.start] = kept._replace(slice_=gap)
+    kept = reads._cached[feed, store.start]
+    reads._cached[feed, store.start] = kept._replace(slice_=gap)
     store.asked.clear()
     await reads.read(feed, store.start + 10)
     assert store.asked == []
@@ -111,41 +115,45 @@ async def test_a_place_that_never_was_is_asked_of_the_history(
     assert [after for after, _ in store.asked] == [15]
 
 
-async def test_what_was_read_before_a_reset(reads: Reads, feed: Feed, store: Store) -> None:
-    """A history that was replaced by an older one has other events under these numbers."""
-    place = store.start + 90
+async def test_a_slice_read_before_a_reset_is_not_used_after_it(
+    reads: ReplayCache, feed: Feed, store: Store
+) -> None:
+    """Other events have its sequence numbers now."""
+    position = store.start + 90
     feed.last = store.end
-    await reads.read(feed, place)
-    assert await reads.read(feed, place)
+    await reads.read(feed, position)
+    assert await reads.read(feed, position)
     assert len(store.asked) == 1
-    feed.compare(store.end, store.end - 5)
-    await reads.read(feed, place)
+    feed.check(store.end, Head(seq=store.end - 5, has_epoch=True), recent=True)
+    await reads.read(feed, position)
     assert len(store.asked) == 2
-    await reads.read(feed, place + 10)
+    await reads.read(feed, position + 10)
     assert len(store.asked) == 2, "what was read since is shared"
 
 
-async def test_what_was_read_across_a_reset(reads: Reads, feed: Feed, store: Store) -> None:
-    """Nobody can tell from which of the two histories it is."""
+async def test_a_slice_read_during_a_reset_is_not_kept_for_others(
+    reads: ReplayCache, feed: Feed, store: Store
+) -> None:
+    """It may be from either history."""
     reading = asyncio.ensure_future(reads.read(feed, store.start))
     await asyncio.sleep(0)
-    feed.restart(store.end)
+    feed.check(store.end + 1, Head(seq=store.end, has_epoch=True), recent=True)
     await reading
     await reads.read(feed, store.start)
     assert len(store.asked) == 2
 
 
-async def test_the_end_is_not_kept(reads: Reads, feed: Feed, store: Store) -> None:
-    """Who stands at the end asks again: something may have come."""
+async def test_an_empty_slice_is_not_kept(reads: ReplayCache, feed: Feed, store: Store) -> None:
+    """An event may have been stored since."""
     await reads.read(feed, store.end)
     add(store.history, "new")
     assert texts((await reads.read(feed, store.end)).entries) == ["new"]
 
 
-async def test_who_waited_while_the_feed_came_up_to_it(
-    reads: Reads, feed: Feed, store: Store
+async def test_a_listener_at_the_position_of_the_feed_needs_no_read(
+    reads: ReplayCache, feed: Feed, store: Store
 ) -> None:
-    """It needs no read: the feed passes on what is newer."""
+    """The feed passes on newer events."""
 
     async def first() -> None:
         await reads.read(feed, store.end)
@@ -156,15 +164,17 @@ async def test_who_waited_while_the_feed_came_up_to_it(
     assert (second.complete, second.entries, second.last) == (True, (), store.end)
 
 
-async def test_a_gap_is_told_to_each(reads: Reads, feed: Feed, store: Store) -> None:
-    """What the history cannot vouch for is not kept."""
+async def test_an_incomplete_slice_is_not_kept(
+    reads: ReplayCache, feed: Feed, store: Store
+) -> None:
     for _ in range(2):
         assert not (await reads.read(feed, 5)).complete
     assert len(store.asked) == 2
 
 
-async def test_a_failure_is_told_to_one(reads: Reads, feed: Feed, store: Store) -> None:
-    """The next one tries by itself."""
+async def test_a_failed_read_raises_for_one_listener_and_the_next_one_reads_again(
+    reads: ReplayCache, feed: Feed, store: Store
+) -> None:
     store.failing = True
     with pytest.raises(ConnectionError):
         await reads.read(feed, store.start)
@@ -172,8 +182,9 @@ async def test_a_failure_is_told_to_one(reads: Reads, feed: Feed, store: Store) 
     assert (await reads.read(feed, store.start)).complete
 
 
-async def test_one_that_leaves_while_it_reads(reads: Reads, feed: Feed, store: Store) -> None:
-    """The others go on."""
+async def test_a_cancelled_read_does_not_affect_other_listeners(
+    reads: ReplayCache, feed: Feed, store: Store
+) -> None:
     first = asyncio.ensure_future(reads.read(feed, store.start))
     second = asyncio.ensure_future(reads.read(feed, store.start))
     await asyncio.sleep(0)
@@ -181,42 +192,40 @@ async def test_one_that_leaves_while_it_reads(reads: Reads, feed: Feed, store: S
     assert (await second).complete
 
 
-async def test_it_is_forgotten_after_a_while(
-    reads: Reads, feed: Feed, store: Store, monkeypatch: pytest.MonkeyPatch
+async def test_a_slice_is_dropped_after_some_seconds(
+    reads: ReplayCache, feed: Feed, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is given, and then nothing is held, that was read long ago."""
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     await reads.read(feed, store.start)
-    now[0] += module.KEPT_SECONDS - 1
+    now[0] += reads.kept_seconds - 1
     await reads.read(feed, store.start)
     assert len(store.asked) == 1
     await reads.read(feed, store.start + 100)
     now[0] += 2
     await reads.read(feed, store.start)
     assert len(store.asked) == 3
-    assert reads._places[feed] == [store.start, store.start + 100]
-    now[0] += module.KEPT_SECONDS + 1
-    reads.forget(older_than=module.KEPT_SECONDS)
-    assert (len(reads._kept), reads._places, reads._size) == (0, {}, 0)
+    assert reads._starts[feed] == [store.start, store.start + 100]
+    now[0] += reads.kept_seconds + 1
+    reads.discard(older_than=reads.kept_seconds)
+    assert (len(reads._cached), reads._starts, reads._size) == (0, {}, 0)
 
 
-async def test_what_is_kept_is_bounded(
-    reads: Reads, store: Store, monkeypatch: pytest.MonkeyPatch
+async def test_the_kept_bytes_are_bounded_over_all_tokens(
+    reads: ReplayCache, store: Store
 ) -> None:
-    """Over all tokens; the oldest goes first."""
-    feeds = [Feed("t", str(n), lambda: None) for n in range(5)]
+    """The oldest slice is dropped first."""
+    feeds = [Feed("t", lambda: None) for n in range(5)]
     await reads.read(feeds[0], store.start)
-    monkeypatch.setattr(module, "KEPT_BYTES", int(reads._size * 3.5))
+    reads.kept_bytes = int(reads._size * 3.5)
     for feed in feeds[1:]:
         await reads.read(feed, store.start)
-    assert list(reads._places) == feeds[2:]
-    assert reads._size <= module.KEPT_BYTES
+    assert list(reads._starts) == feeds[2:]
+    assert reads._size <= reads.kept_bytes
 
 
 @pytest.mark.parametrize("size", [1, 1_000, 20_000])
-async def test_what_is_kept_is_counted(feed: Feed, size: int) -> None:
-    """With all the copies that there are of an event: nothing is held that is not."""
+async def test_the_counted_size_covers_the_memory_of_a_slice(feed: Feed, size: int) -> None:
     history = MemoryHistory()
     drafts = [Draft(action="ping", data=b"%0*d" % (size, n)) for n in range(100)]
     start = history.append("t", drafts)[0].seq - 1
@@ -229,33 +238,32 @@ async def test_what_is_kept_is_counted(feed: Feed, size: int) -> None:
         ]
         return replace(slice_, entries=tuple(fresh))
 
-    reads = Reads(read)
+    reads = ReplayCache(read)
     gc.collect()
     tracemalloc.start()
     try:
         await reads.read(feed, start)
+        gc.collect()
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert taken < reads._size * 1.1
 
 
-async def test_what_belongs_to_a_feed_goes_with_it(reads: Reads, store: Store) -> None:
-    """And nothing else does."""
-    one, other = Feed("t", "g", lambda: None), Feed("t", "g", lambda: None)
+async def test_discard_feed_drops_the_slices_of_one_feed(reads: ReplayCache, store: Store) -> None:
+    one, other = Feed("t", lambda: None), Feed("t", lambda: None)
     for feed in (one, other):
         await replay(reads, feed, store, 0)
     size = reads._size
-    reads.forget_feed(one)
-    reads.forget_feed(one)
-    assert list(reads._places) == [other]
+    reads.discard_feed(one)
+    reads.discard_feed(one)
+    assert list(reads._starts) == [other]
     assert reads._size == size // 2
 
 
-async def test_a_long_replay_lets_others_have_their_turn(
-    reads: Reads, feed: Feed, store: Store
+async def test_other_tasks_run_during_a_long_replay_from_the_cache(
+    reads: ReplayCache, feed: Feed, store: Store
 ) -> None:
-    """Also where nothing needs to be read any more."""
     await replay(reads, feed, store, 0)
     turns = 0
 

@@ -1,4 +1,4 @@
-"""Snapshots: the request of an open stream, to be looked at with the rights of later."""
+"""Snapshots of requests, for rechecks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from django.urls import include, path, resolve
 from django.utils import translation
 from django.utils.functional import SimpleLazyObject
 
-from django_eventsource.addresses import address_of
+from django_eventsource.access.addresses import address_of
 from django_eventsource.policies import credentials_of, session_user
-from django_eventsource.responses import Slot
-from django_eventsource.snapshots import Snapshot
+from django_eventsource.streaming.request_snapshot import Snapshot
+from django_eventsource.streaming.response import Slot
 
 urlpatterns = [
     path("events/", include("django_eventsource.urls")),
@@ -36,8 +36,8 @@ def snapshot_of(request: Any) -> Snapshot:
     return async_to_sync(Snapshot.of)(request)
 
 
-def restore(snapshot: Snapshot, opened: float = 1.0) -> Any:
-    return async_to_sync(snapshot.restore)(opened)
+def restore(snapshot: Snapshot, opened: float = 1.0, basic_user: Any = None) -> Any:
+    return async_to_sync(snapshot.restore)(opened, basic_user)
 
 
 def again(request: Any, opened: float = 1.0) -> Any:
@@ -45,7 +45,7 @@ def again(request: Any, opened: float = 1.0) -> Any:
 
 
 def made(path: str = "/", **options: Any) -> Any:
-    """A request of nobody, as Django's middleware makes it."""
+    """Return an anonymous request, as Django's middleware makes it."""
     request: Any = AsyncRequestFactory().get(path, **options)
     request.session = SessionStore()
     AuthenticationMiddleware(lambda request: None).process_request(request)  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def made(path: str = "/", **options: Any) -> Any:
 
 
 def logged_in(user: User, path: str = "/") -> Any:
-    """A request as the middleware makes it."""
+    """Return a request with a user, as Django's middleware makes it."""
     request: Any = AsyncRequestFactory().get(path)
     request.session = SessionStore()
     request.session["_auth_user_id"] = str(user.pk)
@@ -69,8 +69,8 @@ def user_of(request: HttpRequest) -> Any:
 
 
 @pytest.mark.django_db
-def test_the_user_of_later() -> None:
-    """Who is no longer active, or has logged out, is seen as that."""
+def test_the_user_of_a_recheck_is_loaded_again() -> None:
+    """An inactive or logged-out user is not returned."""
     user = User.objects.create_user("ada")
     request = logged_in(user)
     assert user_of(request) == user
@@ -93,8 +93,7 @@ def test_the_user_of_later() -> None:
 
 
 @pytest.mark.django_db
-def test_a_request_without_users() -> None:
-    """Without the middleware there is nobody to look up."""
+def test_a_request_without_auth_middleware_is_restored_without_a_user() -> None:
     request: Any = AsyncRequestFactory().get("/")
     restored: Any = again(request, 5.0)
     assert credentials_of(restored).opened == 5.0
@@ -107,8 +106,8 @@ def test_a_request_without_users() -> None:
     assert restored.session.session_key == "a-session-key"
 
 
-def test_a_session_that_is_empty() -> None:
-    """It is one all the same, though newer Djangos hold it for false."""
+def test_an_empty_session_is_restored() -> None:
+    """Newer versions of Django treat an empty session as false."""
     request: Any = AsyncRequestFactory().get("/")
     request.session = SessionStore()
     snapshot = snapshot_of(request)
@@ -118,8 +117,7 @@ def test_a_session_that_is_empty() -> None:
     assert restored.session.session_key is None
 
 
-def test_the_request_of_later() -> None:
-    """It has what the server said, and what middleware made of it."""
+def test_a_restored_request_has_the_scope_and_the_changes_of_middleware() -> None:
     request: Any = AsyncRequestFactory().get(
         "/events/poll/t?token=u&grant=g",
         headers={"Authorization": "Bearer x", "Accept-Encoding": "gzip"},
@@ -141,14 +139,12 @@ def test_the_request_of_later() -> None:
     assert restored.META["HTTP_ACCEPT_ENCODING"] == "identity"
 
 
-def test_a_path_that_no_url_has() -> None:
-    """As where a view is called by hand."""
+def test_a_path_without_a_url_has_no_resolver_match() -> None:
     restored = again(AsyncRequestFactory().get("/nowhere"), 1.0)
     assert restored.resolver_match is None
 
 
-def test_a_snapshot_keeps_little() -> None:
-    """Neither the request, nor what Django made of it, nor the stream that it led to."""
+def test_a_snapshot_keeps_neither_the_request_nor_its_stream() -> None:
     request: Any = AsyncRequestFactory().get("/?a=b")
     server: dict[str, Any] = request.scope
     slot = Slot(server)
@@ -167,11 +163,10 @@ def test_a_snapshot_keeps_little() -> None:
     assert gone() is None
 
 
-# What other middleware has made of it
+# Changes of other middleware
 
 
-def test_meta_that_was_removed() -> None:
-    """A header that no client may send does not come back."""
+def test_a_header_that_middleware_removed_stays_removed() -> None:
     request = made(headers={"X-Forwarded-User": "root", "X-Other": "1"})
     del request.META["HTTP_X_FORWARDED_USER"]
     restored = again(request)
@@ -180,8 +175,8 @@ def test_meta_that_was_removed() -> None:
     assert restored.headers["X-Other"] == "1"
 
 
-def test_a_query_and_cookies_that_were_changed() -> None:
-    """They are what the policy saw."""
+def test_changed_queries_and_cookies_are_kept() -> None:
+    """Unchanged ones are parsed again."""
     request = made("/?x=1&y=2", headers={"Cookie": "c=1"})
     request.GET = request.GET.copy()
     request.GET["x"] = "changed"
@@ -199,8 +194,7 @@ def test_a_query_and_cookies_that_were_changed() -> None:
 
 
 @pytest.mark.parametrize("language", ["en", "de"])
-def test_urls_of_a_language(settings, language: str) -> None:
-    """They are resolved in the language that the request was in."""
+def test_the_url_is_resolved_in_the_language_of_the_request(settings, language: str) -> None:
     settings.ROOT_URLCONF = __name__
     request = made(f"/{language}/listen/abc")
     request.LANGUAGE_CODE = language
@@ -209,38 +203,32 @@ def test_urls_of_a_language(settings, language: str) -> None:
     assert again(request).resolver_match.kwargs == {"token": "abc"}
 
 
-def test_what_a_policy_has_noted_is_forgotten() -> None:
-    """What is taken before it is asked does not hold it."""
+def test_attributes_that_the_policy_sets_are_not_kept() -> None:
     request = made()
     snapshot = snapshot_of(request)
     request.rights = {"t"}
     assert not hasattr(restore(snapshot), "rights")
 
 
-def test_who_gave_a_password() -> None:
-    """That was checked; who it was is remembered."""
+def test_the_user_of_http_basic_is_kept() -> None:
     request = made()
     snapshot = snapshot_of(request)
     assert credentials_of(restore(snapshot)).user is None
     ada = User(username="ada")
-    credentials_of(request).user = ada
-    snapshot.remember(request)
-    assert credentials_of(restore(snapshot)).user is ada
+    assert credentials_of(restore(snapshot, basic_user=ada)).user is ada
 
 
 # Sessions of other kinds
 
 
-def test_a_session_of_another_kind() -> None:
-    """What has no key is kept as it is."""
+def test_a_session_without_a_key_is_kept_itself() -> None:
     request: Any = AsyncRequestFactory().get("/")
     request.session = {"a": 1}
     assert again(request).session is request.session
 
 
 @pytest.mark.django_db
-def test_a_lazy_session() -> None:
-    """It is looked up by its key, as any other."""
+def test_a_lazy_session_is_loaded_by_its_key() -> None:
     real = SessionStore()
     real["a"] = 1
     real.save()
@@ -252,8 +240,7 @@ def test_a_lazy_session() -> None:
 
 
 @pytest.mark.django_db
-def test_a_session_that_began_in_this_request() -> None:
-    """It gets its key with the response."""
+def test_a_session_that_began_in_the_request_is_loaded_by_its_later_key() -> None:
     request = made()
     request.session["guest"] = 1
     snapshot = snapshot_of(request)
@@ -263,11 +250,11 @@ def test_a_session_that_began_in_this_request() -> None:
     assert "guest" not in restore(snapshot).session
 
 
-# Users whom other middleware brought
+# Users of custom middleware
 
 
 def bring(request: Any, user: Any, how: str) -> None:
-    """What middleware does that knows users by something else than a session."""
+    """Set a user, as middleware does that finds users without a session."""
 
     async def auser() -> Any:
         return user
@@ -279,15 +266,15 @@ def bring(request: Any, user: Any, how: str) -> None:
 
 
 async def may_listen(request: Any, how: str) -> bool:
-    """What a policy does with it."""
+    """Return what a policy returns for the user."""
     user = request.user if how == "user" else await request.auser()
     return await user.ahas_perm("django_eventsource.listen_event")
 
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("how", ["user", "auser", "both"])
-async def test_a_user_whom_other_middleware_brought(how: str) -> None:
-    """It is looked up again: its rights are those of then."""
+async def test_a_user_of_custom_middleware_is_loaded_again(how: str) -> None:
+    """Its permissions are those at the time of the recheck."""
     user = await User.objects.acreate(username="ada")
     permission = await Permission.objects.aget(codename="listen_event")
     await user.user_permissions.aadd(permission)
@@ -309,8 +296,7 @@ async def test_a_user_whom_other_middleware_brought(how: str) -> None:
 
 
 @pytest.mark.parametrize("user", [None, AnonymousUser(), "a device", User(username="unsaved")])
-async def test_a_user_who_is_in_no_table(user: Any) -> None:
-    """It stays what it was, whatever the session says."""
+async def test_a_user_of_custom_middleware_without_a_table_is_kept_itself(user: Any) -> None:
     request = made()
     bring(request, user, "both")
     restored: Any = await (await Snapshot.of(request)).restore(1.0)
@@ -319,8 +305,7 @@ async def test_a_user_who_is_in_no_table(user: Any) -> None:
 
 
 @pytest.mark.django_db
-def test_a_user_without_a_session() -> None:
-    """Where Django's middleware is not there."""
+def test_a_user_of_custom_middleware_needs_no_session() -> None:
     user = User.objects.create(username="ada")
     request: Any = AsyncRequestFactory().get("/")
     request.user = user
@@ -332,8 +317,9 @@ def test_a_user_without_a_session() -> None:
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("how", [login, alogin])
-async def test_who_logs_in_with_this_request(how: Callable[..., Any]) -> None:
-    """As with a certificate: it is the session's user from then on."""
+async def test_a_user_who_logs_in_during_the_request_is_the_user_of_the_session(
+    how: Callable[..., Any],
+) -> None:
     user = await User.objects.acreate(username="ada")
     request = made()
     backend = "django.contrib.auth.backends.ModelBackend"
@@ -352,8 +338,8 @@ async def test_who_logs_in_with_this_request(how: Callable[..., Any]) -> None:
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("how", ["user", "both"])
-async def test_a_user_in_place_of_the_sessions(how: str) -> None:
-    """As where somebody who may looks at a site with another one's eyes."""
+async def test_a_user_that_replaces_the_session_user_is_restored(how: str) -> None:
+    """An administrator views a site as another user, for example."""
     admin = await User.objects.acreate(username="admin")
     ada = await User.objects.acreate(username="ada")
     request = made()

@@ -1,4 +1,4 @@
-"""Responses that carry a stream, and hand it over where they can."""
+"""The response whose body is a stream."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 import pytest
 
 from django_eventsource.history import get_history
-from django_eventsource.responses import EventStreamResponse, Slot
-from django_eventsource.streams import EventStream
+from django_eventsource.signals import Listener
+from django_eventsource.streaming.open_stream import OpenStream
+from django_eventsource.streaming.response import EventStreamResponse, Slot
 
 pytestmark = pytest.mark.usefixtures("memory_history")
 
 
-def open_stream() -> EventStream:
-    return EventStream("t", get_history().locate("t", None))
+def open_stream() -> OpenStream:
+    return OpenStream("t", get_history().locate("t", None), listener=Listener(tokens=("t",)))
 
 
 def opening_of_a_stream() -> bytes:
-    """What every stream of the token begins with: its place."""
-    return f"id: {get_history().locate('t', None).cursor}\n\n".encode()
+    """Return the first bytes of each stream of the token, which contain the position."""
+    return f"id: {get_history().locate('t', None).cursor.text}\n\n".encode()
 
 
-async def test_response_headers() -> None:
-    """What the standard and proxies ask for."""
+async def test_a_stream_has_the_headers_of_the_standard_and_for_proxies() -> None:
     response = EventStreamResponse(open_stream())
     assert response.status_code == 200
     assert response["Content-Type"] == "text/event-stream"
@@ -33,8 +33,7 @@ async def test_response_headers() -> None:
     assert not response.has_header("Content-Length")
 
 
-async def test_response_gives_its_own_iterator() -> None:
-    """Django's generators are skipped as long as no middleware has wrapped the stream."""
+async def test_the_response_returns_the_stream_itself_unless_middleware_wraps_it() -> None:
     stream = open_stream()
     response = EventStreamResponse(stream)
     assert response.__aiter__() is stream
@@ -49,25 +48,25 @@ async def test_response_gives_its_own_iterator() -> None:
     await chunks.aclose()
 
 
-def sent_by_django(stream: EventStream, slot: Slot) -> EventStreamResponse:
+def sent_by_django(stream: OpenStream, slot: Slot) -> EventStreamResponse:
     """A response that Django's handler is about to send."""
     response: Any = EventStreamResponse(stream, slot)
     response._handler_class = object
     return response
 
 
-async def test_a_response_leaves_its_stream_in_the_slot() -> None:
-    """Whoever made the slot serves the stream; Django sends an empty body."""
+async def test_a_response_puts_its_stream_into_the_slot() -> None:
+    """Django then sends an empty body."""
     stream, slot = open_stream(), Slot({})
     response = sent_by_django(stream, slot)
     assert slot.stream is None
     assert [chunk async for chunk in response] == []
     assert slot.stream is stream
-    assert not stream.is_open
+    assert not stream.is_begun
 
 
-async def test_a_stream_that_middleware_reads_is_not_handed_over() -> None:
-    """Neither one that it wraps, nor one that it takes the body of."""
+async def test_a_stream_that_middleware_reads_stays_inside_django() -> None:
+    """The middleware wraps it, or makes another response from its body."""
     first = opening_of_a_stream()
     stream, slot = open_stream(), Slot({})
     response = EventStreamResponse(stream, slot)

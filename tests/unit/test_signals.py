@@ -1,4 +1,4 @@
-"""Signals: a project hears of its listeners and of its events, and harms neither."""
+"""The signals of streams and events."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from django.test import AsyncClient
 
 from django_eventsource import publish
 from django_eventsource.events import JSONIdEvent, StringEvent, StringIdEvent
-from django_eventsource.listeners import registry
 from django_eventsource.publishing import apublish
-from django_eventsource.responses import EventStreamResponse
-from django_eventsource.signals import event_published, stream_closed, stream_opened
-from django_eventsource.streams import EventStream, Reason
+from django_eventsource.signals import Reason, event_published, stream_closed, stream_opened
+from django_eventsource.streaming.registry import registry
+from django_eventsource.streaming.response import EventStreamResponse
+from django_eventsource.streaming.stream import EventStream
 from django_eventsource.views import EventSourceView
-
-SECONDS = 10
+from tests.support.waiting import PATIENCE_SECONDS, until
 
 memory = pytest.mark.usefixtures("memory_history", "allow_any")
 
@@ -37,7 +36,7 @@ def allow_any(settings) -> None:
 
 @pytest.fixture
 def connect() -> Iterator[Callable[..., None]]:
-    """Connect receivers for the time of a test."""
+    """Connect receivers during a test."""
     connected: list[tuple[Signal, Any, Any]] = []
 
     def connect(signal: Signal, receiver: Any, sender: Any = None) -> None:
@@ -50,17 +49,11 @@ def connect() -> Iterator[Callable[..., None]]:
 
 
 async def open_stream(token: str = "t") -> EventStream:
-    """Open a stream and read its first bytes, as the wrapper does that serves it."""
+    """Open a stream and read its first bytes, as the wrapper does."""
     response = await AsyncClient().get(f"/events/poll/{token}")
     assert isinstance(response, EventStreamResponse)
     await anext(response._stream)
     return response._stream
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(SECONDS):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 def opens(got: list[dict[str, Any]]) -> Callable[..., None]:
@@ -71,7 +64,7 @@ def opens(got: list[dict[str, Any]]) -> Callable[..., None]:
 
 
 class Drops:
-    """Middleware that answers something else."""
+    """Middleware that returns another response."""
 
     async_capable = True
     sync_capable = False
@@ -90,8 +83,10 @@ class Drops:
 
 
 @memory
-async def test_a_stream_that_begins_and_ends(connect: Callable[..., None]) -> None:
-    """Both signals carry the same listener; the end says why, and after how long."""
+async def test_both_signals_of_a_stream_carry_the_same_listener(
+    connect: Callable[..., None],
+) -> None:
+    """The second one has the reason and the duration."""
     opened: list[dict[str, Any]] = []
     closed: list[dict[str, Any]] = []
     connect(stream_opened, opens(opened), EventSourceView)
@@ -108,43 +103,44 @@ async def test_a_stream_that_begins_and_ends(connect: Callable[..., None]) -> No
     await until(lambda: closed)
     (end,) = closed
     assert end["listener"] is begin["listener"]
-    assert end["reason"] is Reason.LEFT
-    assert 0 <= end["seconds"] < SECONDS
+    assert end["reason"] is Reason.CLIENT_DISCONNECTED
+    assert 0 <= end["seconds"] < PATIENCE_SECONDS
 
 
 @memory
-async def test_a_token_that_is_closed(connect: Callable[..., None]) -> None:
-    """A stream that the close event ends is finished, and told of once."""
+async def test_a_close_event_sends_stream_closed_once(connect: Callable[..., None]) -> None:
     closed: list[dict[str, Any]] = []
     connect(stream_closed, opens(closed))
     stream = await open_stream()
     await apublish("t", "close")
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         async for _ in stream:
             pass
     await stream.aclose()
     await until(lambda: closed)
     await asyncio.sleep(0.01)
-    assert [one["reason"] for one in closed] == [Reason.FINISHED]
+    assert [one["reason"] for one in closed] == [Reason.TOKEN_CLOSED]
 
 
 @memory
-async def test_a_stream_that_nobody_served(connect: Callable[..., None], settings) -> None:
-    """A response that middleware drops is told of too: whoever counts gets down to zero."""
+async def test_a_response_that_middleware_drops_sends_stream_closed(
+    connect: Callable[..., None], settings
+) -> None:
     closed: list[dict[str, Any]] = []
     connect(stream_closed, opens(closed))
-    settings.MIDDLEWARE = [*settings.MIDDLEWARE, "tests.test_signals.Drops"]
+    settings.MIDDLEWARE = [*settings.MIDDLEWARE, "tests.unit.test_signals.Drops"]
     response = await AsyncClient().get("/events/poll/t")
     assert response.content == b"dropped"
     gc.collect()
     await until(lambda: closed)
-    assert [one["reason"] for one in closed] == [Reason.LEFT]
+    assert [one["reason"] for one in closed] == [Reason.CLIENT_DISCONNECTED]
     assert registry.count("t") == 0
 
 
 @memory
-async def test_a_coroutine_function_receives(connect: Callable[..., None]) -> None:
-    """Receivers may await."""
+async def test_a_coroutine_function_receives_the_signals_of_streams(
+    connect: Callable[..., None],
+) -> None:
     got: list[str] = []
 
     async def on_open(listener: Any, **kwargs: Any) -> None:
@@ -161,15 +157,14 @@ async def test_a_coroutine_function_receives(connect: Callable[..., None]) -> No
     assert got == ["open"]
     await stream.aclose()
     await until(lambda: len(got) == 2)
-    assert got == ["open", "left"]
+    assert got == ["open", "client_disconnected"]
 
 
 @memory
 @pytest.mark.parametrize("asynchronous", [False, True])
-async def test_a_receiver_that_raises_harms_no_stream(
+async def test_a_receiver_that_raises_does_not_stop_the_stream_or_other_receivers(
     connect: Callable[..., None], caplog: pytest.LogCaptureFixture, asynchronous: bool
 ) -> None:
-    """It is logged; the stream opens, and the other receivers are called."""
     got: list[dict[str, Any]] = []
 
     def fail(**kwargs: Any) -> None:
@@ -188,8 +183,7 @@ async def test_a_receiver_that_raises_harms_no_stream(
 
 
 @memory
-async def test_a_receiver_of_another_view_hears_nothing(connect: Callable[..., None]) -> None:
-    """The sender is the view's class."""
+async def test_a_receiver_of_another_view_is_not_called(connect: Callable[..., None]) -> None:
     got: list[dict[str, Any]] = []
 
     class Other(EventSourceView):
@@ -206,8 +200,9 @@ async def test_a_receiver_of_another_view_hears_nothing(connect: Callable[..., N
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.usefixtures("allow_any")
-async def test_the_listener_says_who_it_is(connect: Callable[..., None]) -> None:
-    """A receiver is told the user's id; never the session's key."""
+async def test_the_listener_has_the_user_id_and_a_hash_of_the_session_key(
+    connect: Callable[..., None],
+) -> None:
     got: list[dict[str, Any]] = []
     connect(stream_opened, opens(got))
     user = await User.objects.acreate_user("user")
@@ -227,8 +222,9 @@ async def test_the_listener_says_who_it_is(connect: Callable[..., None]) -> None
 
 @memory
 @pytest.mark.parametrize("event_class", [StringIdEvent, JSONIdEvent, StringEvent])
-def test_a_published_event(connect: Callable[..., None], event_class: type, settings) -> None:
-    """A durable event comes with its id, a live-only one without."""
+def test_event_published_carries_the_id_of_a_durable_event(
+    connect: Callable[..., None], event_class: type, settings
+) -> None:
     got: list[dict[str, Any]] = []
     connect(event_published, opens(got), event_class)
     event = publish("t", "ping", "42", event_class)
@@ -239,11 +235,9 @@ def test_a_published_event(connect: Callable[..., None], event_class: type, sett
 
 
 @memory
-def test_a_receiver_that_raises_harms_no_publisher(
+def test_a_receiver_that_raises_does_not_fail_the_publisher(
     connect: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The event is published, and that is what the publisher learns."""
-
     def fail(**kwargs: Any) -> None:
         raise RuntimeError("a receiver failed")
 
@@ -254,8 +248,9 @@ def test_a_receiver_that_raises_harms_no_publisher(
 
 
 @memory
-async def test_a_coroutine_function_receives_events(connect: Callable[..., None]) -> None:
-    """From synchronous and from asynchronous publishers."""
+async def test_a_coroutine_function_receives_events_of_synchronous_and_asynchronous_publishers(
+    connect: Callable[..., None],
+) -> None:
     got: list[str | None] = []
 
     async def receive(event: Any, **kwargs: Any) -> None:
@@ -270,10 +265,9 @@ async def test_a_coroutine_function_receives_events(connect: Callable[..., None]
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("event_class", [StringIdEvent, StringEvent])
-def test_only_what_is_committed_is_published(
+def test_event_published_is_sent_after_the_commit_and_not_after_a_rollback(
     connect: Callable[..., None], event_class: type
 ) -> None:
-    """The signal comes after the commit, and never after a rollback."""
     got: list[dict[str, Any]] = []
     connect(event_published, opens(got))
     with transaction.atomic():
@@ -288,11 +282,9 @@ def test_only_what_is_committed_is_published(
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_receiver_that_raises_after_the_commit(
+def test_a_receiver_that_raises_after_the_commit_affects_no_other_hook(
     connect: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither the caller nor the other hooks of the transaction notice."""
-
     def fail(**kwargs: Any) -> None:
         raise RuntimeError("a receiver failed")
 

@@ -1,4 +1,4 @@
-"""Streams: opening, replay, live, ends, and what they let go of."""
+"""The body of a stream: opening, replay, live events, and ends."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import json
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
-from django.db import connection
 
-from django_eventsource import streams as module
-from django_eventsource.cursors import split_cursor
-from django_eventsource.frames import KEEPALIVE, Decoder, ServerSentEvent
+from django_eventsource.delivery.hub import get_hub
+from django_eventsource.delivery.subscription import Subscriber
 from django_eventsource.history import History, Kind, Position, Slice, get_history
-from django_eventsource.hub import get_hub
+from django_eventsource.history.records import Missing
+from django_eventsource.protocol.cursors import Cursor, parse_cursor, parse_cursors
+from django_eventsource.protocol.frames import KEEPALIVE, Decoder, ServerSentEvent
 from django_eventsource.publishing import apublish
-from django_eventsource.streams import EventStream, Reason, come_back_later, let_go
-from django_eventsource.subscribers import Subscriber
-from tests.histories import add, draft
+from django_eventsource.signals import Listener, Reason
+from django_eventsource.streaming.open_stream import OpenStream
+from django_eventsource.streaming.stream import EventStream, retry_body
+from tests.support.cursors import cursor_texts
+from tests.support.events import add, draft
+from tests.support.waiting import PATIENCE_SECONDS, until
 
 pytestmark = pytest.mark.usefixtures("memory_history")
-
-SECONDS = 10
 
 
 @pytest.fixture
@@ -36,24 +37,26 @@ def history(memory_history: History) -> History:
 @pytest.fixture(autouse=True)
 def quick(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     settings.EVENTSOURCE_POLL_SECONDS = 0.02
-    monkeypatch.setattr(module, "BACK_OFF_SECONDS", (0.01,))
+    monkeypatch.setattr(EventStream, "BACKOFF_SECONDS", (0.01,))
 
 
-def open_stream(cursor: str | None = None, **options: Any) -> EventStream:
-    return EventStream("t", get_history().locate("t", cursor), asked=cursor, **options)
+def open_stream(cursor: str | None = None, **options: Any) -> OpenStream:
+    position = get_history().locate("t", parse_cursor(cursor))
+    listener = Listener(tokens=("t",))
+    return OpenStream("t", position, listener=listener, asked=cursor, **options)
 
 
 class Reader:
     """Reads a stream as a client would."""
 
-    def __init__(self, stream: EventStream) -> None:
+    def __init__(self, stream: OpenStream) -> None:
         self.stream = stream
         self.decoder = Decoder()
         self.events: list[ServerSentEvent] = []
         self.ended = False
 
     async def chunk(self) -> bytes:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             try:
                 chunk = await self.stream.__anext__()
             except StopAsyncIteration:
@@ -63,7 +66,7 @@ class Reader:
         return chunk
 
     async def read(self, count: int) -> list[str]:
-        """Read until there are so many events; give all data so far."""
+        """Read until there are so many events; return the data of all so far."""
         while len(self.events) < count and not self.ended:
             await self.chunk()
         return [event.data for event in self.events]
@@ -74,15 +77,8 @@ class Reader:
         return [event.data for event in self.events]
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Let the loop run until something holds."""
-    async with asyncio.timeout(SECONDS):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 async def is_waiting() -> None:
-    """Let the loop run until the one stream there is waits for events."""
+    """Wait until the only stream waits for events."""
     await until(lambda: get_hub()._feeds and get_hub()._feeds["t"].subscriptions)
     (subscription,) = get_hub()._feeds["t"].subscriptions
     subscriber = subscription.subscriber
@@ -92,8 +88,8 @@ async def is_waiting() -> None:
 # Opening
 
 
-async def test_first_bytes_commit_the_cursor(history: History) -> None:
-    """A durable stream's first bytes come at once and name the place where it starts."""
+async def test_the_first_bytes_of_a_durable_stream_set_the_cursor(history: History) -> None:
+    """The cursor is the position at which the stream starts."""
     (entry,) = add(history, "a")
     reader = Reader(open_stream())
     assert await reader.chunk() == f"id: {entry.seq}\n\n".encode()
@@ -103,23 +99,22 @@ async def test_first_bytes_commit_the_cursor(history: History) -> None:
 
 
 def first_bytes(position: Position, *, asked: str | None, durable: bool) -> bytes:
-    """What a stream of one token begins with."""
+    """Return the first bytes of a stream of one token."""
     first = EventStream("t", position, asked=asked, durable=durable)._opening
     assert first is not None
     return first
 
 
-def test_opening_with_a_retry(settings) -> None:
-    """The configured reconnection time comes first."""
+def test_the_configured_reconnection_time_is_sent_first(settings) -> None:
     settings.EVENTSOURCE_RETRY_MS = 700
-    position = Position(seq=5, cursor="5")
+    position = Position(seq=5, cursor=Cursor.at(5))
     first = first_bytes(position, asked=None, durable=True)
     assert first == b"event: retry\nretry: 700\n\nid: 5\n\n"
 
 
-def test_opening_of_a_live_only_class() -> None:
-    """Without a cursor to commit a comment is sent; a cursor that was asked for is kept."""
-    position = Position(seq=5, cursor="5")
+def test_a_live_only_stream_without_a_last_event_id_opens_with_a_comment() -> None:
+    """A last event id that was sent is kept as the cursor."""
+    position = Position(seq=5, cursor=Cursor.at(5))
     assert first_bytes(position, asked=None, durable=False) == b": open\n"
     assert first_bytes(position, asked="5", durable=False) == b"id: 5\n\n"
 
@@ -133,22 +128,22 @@ def test_opening_of_a_live_only_class() -> None:
         (" ", "unknown", None),
     ],
 )
-def test_opening_for_a_listener_whose_events_are_gone(
-    asked: str, reason: str, after: str | None
+def test_a_listener_whose_events_are_gone_receives_reset(
+    asked: str, reason: Missing, after: str | None
 ) -> None:
-    """It begins with reset, which also moves the cursor."""
-    position = Position(seq=5, cursor="5+", known=False)
+    """The reset also sets the cursor."""
+    position = Position(seq=5, cursor=Cursor.at(5, reopened=True), missing=reason)
     (event,) = Decoder().feed(first_bytes(position, asked=asked, durable=True))
     assert (event.event, event.id) == ("reset", "5+")
     assert json.loads(event.data) == {"reason": reason, "after": after, "resume": "5+"}
 
 
-def test_the_state_comes_before_the_cursor(settings) -> None:
-    """Who is cut off in the state has not got it; nothing before the cursor commits a place."""
+def test_the_state_is_sent_before_the_cursor(settings) -> None:
+    """A listener that is disconnected within the state has no cursor yet."""
     settings.EVENTSOURCE_RETRY_MS = 700
     state = draft("s1").frame() + draft("s2").frame()
     for asked, known in [(None, True), ("3", False)]:
-        position = Position(seq=5, cursor="5", known=known)
+        position = Position(seq=5, cursor=Cursor.at(5), missing=None if known else "unknown")
         first = EventStream("t", position, asked=asked, state=state)._opening
         assert first is not None
         decoder = Decoder("before")
@@ -161,22 +156,22 @@ def test_the_state_comes_before_the_cursor(settings) -> None:
         assert decoder.last_event_id == "5"
 
 
-def test_the_state_of_a_live_only_class() -> None:
-    """It is sent, and no cursor."""
-    position = Position(seq=5, cursor="5")
+def test_a_live_only_stream_sends_the_state_without_a_cursor() -> None:
+    position = Position(seq=5, cursor=Cursor.at(5))
     first = EventStream("t", position, durable=False, state=b"data: x\n\n")._opening
     assert first == b"data: x\n\n: open\n"
 
 
-def test_opening_of_several_tokens() -> None:
-    """One cursor for all of them; one reset for each whose events are gone, which names it."""
-    others = {"b": Position(seq=6, cursor="6+", known=False), "c": Position(seq=7, cursor="7")}
-    stream = EventStream("a", Position(seq=5, cursor="5"), asked="~xyz", others=others)
-    assert stream.tokens == ["a", "b", "c"]
+def test_several_tokens_open_with_one_cursor_and_a_reset_for_each_lost_token() -> None:
+    others = {
+        "b": Position(seq=6, cursor=Cursor.at(6, reopened=True), missing="unknown"),
+        "c": Position(seq=7, cursor=Cursor.at(7)),
+    }
+    stream = EventStream("a", Position(seq=5, cursor=Cursor.at(5)), asked="~xyz", others=others)
     assert stream._opening is not None
     decoder = Decoder()
     (event,) = decoder.feed(stream._opening)
-    assert split_cursor(event.id, ["a", "b", "c"]) == {"a": "5", "b": "6+", "c": "7"}
+    assert cursor_texts(event.id, ["a", "b", "c"]) == {"a": "5", "b": "6+", "c": "7"}
     assert json.loads(event.data) == {
         "reason": "unknown",
         "after": None,
@@ -188,8 +183,9 @@ def test_opening_of_several_tokens() -> None:
 # Replay and live
 
 
-async def test_replay_then_live(history: History) -> None:
-    """A listener that was away gets what it missed, then what comes, once and in order."""
+async def test_a_listener_receives_missed_events_then_live_events_in_order(
+    history: History,
+) -> None:
     entries = add(history, *"abc")
     reader = Reader(open_stream(str(entries[0].seq)))
     assert await reader.read(2) == ["b", "c"]
@@ -198,8 +194,7 @@ async def test_replay_then_live(history: History) -> None:
     await reader.stream.aclose()
 
 
-async def test_events_between_opening_and_subscribing(history: History) -> None:
-    """What is published after the view took the cursor and before the stream joined."""
+async def test_events_between_opening_and_subscribing_are_delivered(history: History) -> None:
     stream = open_stream()
     add(history, "a")
     reader = Reader(stream)
@@ -209,22 +204,22 @@ async def test_events_between_opening_and_subscribing(history: History) -> None:
     await stream.aclose()
 
 
-async def test_buffered_events_are_one_write(history: History) -> None:
-    """What waits is written together."""
+async def test_buffered_events_are_sent_in_one_write(history: History) -> None:
     reader = Reader(open_stream())
     await reader.chunk()
     waiting = asyncio.ensure_future(reader.chunk())
     await is_waiting()
     feed = get_hub()._feeds["t"]
     for entry in add(history, *"abc"):
-        feed.receive(entry.seq, [entry.frame()], entry.finishes)
+        feed.receive(entry.batch())
     await waiting
     assert [event.data for event in reader.events] == ["a", "b", "c"]
     await reader.stream.aclose()
 
 
-async def test_a_long_replay_is_read_in_parts(history: History, settings) -> None:
-    """A replay costs no more memory than the buffer's bound at a time."""
+async def test_a_long_replay_is_read_in_parts_of_the_buffer_size(
+    history: History, settings
+) -> None:
     settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 100
     (start,) = add(history, "start")
     add(history, *["x" * 40 for _ in range(20)])
@@ -238,8 +233,7 @@ async def test_a_long_replay_is_read_in_parts(history: History, settings) -> Non
     await reader.stream.aclose()
 
 
-async def test_a_stalled_reader_loses_nothing(history: History, settings) -> None:
-    """Whoever stops reading falls behind, costs little, and gets everything later."""
+async def test_a_stalled_reader_receives_all_events_later(history: History, settings) -> None:
     settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 2000
     reader = Reader(open_stream())
     await reader.chunk()
@@ -254,8 +248,7 @@ async def test_a_stalled_reader_loses_nothing(history: History, settings) -> Non
     await reader.stream.aclose()
 
 
-async def test_live_only_events_lost_by_a_stalled_reader_are_told(settings) -> None:
-    """A listener of live-only events that reads too slowly gets reset."""
+async def test_a_stalled_reader_of_live_only_events_receives_reset(settings) -> None:
     settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 300
     settings.EVENTSOURCE_EVENT_CLASS = "django_eventsource.events.StringEvent"
     reader = Reader(open_stream(durable=False))
@@ -274,8 +267,7 @@ async def test_live_only_events_lost_by_a_stalled_reader_are_told(settings) -> N
     await reader.stream.aclose()
 
 
-async def test_keepalive(settings) -> None:
-    """A silent stream writes a comment line."""
+async def test_a_silent_stream_sends_a_keepalive_comment(settings) -> None:
     reader = Reader(open_stream(keepalive_seconds=0.05))
     await reader.chunk()
     assert await reader.chunk() == KEEPALIVE
@@ -285,8 +277,8 @@ async def test_keepalive(settings) -> None:
 # Ends
 
 
-async def test_close_ends_the_stream(history: History) -> None:
-    """The close is delivered, then the stream ends and leaves nothing behind."""
+async def test_a_close_event_is_delivered_and_ends_the_stream(history: History) -> None:
+    """The hub keeps nothing of the stream."""
     reader = Reader(open_stream())
     await reader.chunk()
     await apublish("t", "ping", "a")
@@ -300,17 +292,17 @@ async def test_close_ends_the_stream(history: History) -> None:
     assert reader.ended
 
 
-async def test_replay_up_to_a_close(history: History) -> None:
-    """A listener from before a close gets the rest up to it, then the end."""
+async def test_a_listener_from_before_a_close_receives_the_rest_and_the_end(
+    history: History,
+) -> None:
     (start,) = add(history, "start")
     add(history, "a")
-    history.append("t", [draft("bye", kind=Kind.FINISH)])
+    history.append("t", [draft("bye", kind=Kind.CLOSE)])
     add(history, "anew")
     assert await Reader(open_stream(str(start.seq))).read_to_end() == ["a", "bye"]
 
 
 async def test_a_live_only_close_ends_the_stream(settings) -> None:
-    """A close without an id ends the streams there are."""
     settings.EVENTSOURCE_EVENT_CLASS = "django_eventsource.events.StringEvent"
     reader = Reader(open_stream(durable=False))
     await reader.chunk()
@@ -320,8 +312,8 @@ async def test_a_live_only_close_ends_the_stream(settings) -> None:
     assert await waiting == ["bye"]
 
 
-async def test_a_stream_that_was_never_read_leaves_nothing() -> None:
-    """Nothing is subscribed before the second step; closing early is fine."""
+async def test_a_stream_that_was_never_read_is_not_subscribed() -> None:
+    """It can be closed without an error."""
     stream = open_stream()
     await stream.aclose()
     await stream.aclose()
@@ -335,8 +327,7 @@ async def test_a_stream_that_was_never_read_leaves_nothing() -> None:
     assert not get_hub()._feeds
 
 
-async def test_closing_wakes_who_waits() -> None:
-    """A stream closed from elsewhere ends at once."""
+async def test_closing_a_stream_wakes_its_reader() -> None:
     stream = open_stream()
     await stream.__anext__()
     waiting = asyncio.ensure_future(Reader(stream).read_to_end())
@@ -345,8 +336,7 @@ async def test_closing_wakes_who_waits() -> None:
     assert await waiting == []
 
 
-async def test_cancellation_leaves_nothing() -> None:
-    """A listener that has gone is forgotten at once."""
+async def test_a_cancelled_stream_is_unsubscribed_at_once() -> None:
     stream = open_stream()
     await stream.__anext__()
     waiting = asyncio.ensure_future(stream.__anext__())
@@ -359,10 +349,10 @@ async def test_cancellation_leaves_nothing() -> None:
     assert not feed.subscriptions
 
 
-async def test_cancellation_arrives_though_nothing_else_suspends(
+async def test_a_replay_can_be_cancelled_if_send_never_suspends(
     history: History, settings
 ) -> None:
-    """After a disconnect a server's send() returns at once: the stream lets others in."""
+    """After a disconnect the send() of some servers returns at once."""
     settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 1
     (start,) = add(history, "start")
     add(history, *["x"] * 5000)
@@ -382,9 +372,9 @@ async def test_cancellation_arrives_though_nothing_else_suspends(
     assert chunks < 100
 
 
-async def test_a_dropped_stream_is_forgotten() -> None:
-    """Middleware may drop the iterator without closing it, from any thread."""
-    stream: EventStream | None = open_stream(keepalive_seconds=0.05)
+async def test_a_stream_dropped_in_any_thread_is_unsubscribed() -> None:
+    """Middleware may drop the iterator without closing it."""
+    stream: OpenStream | None = open_stream(keepalive_seconds=0.05)
     assert stream is not None
     await stream.__anext__()
     await stream.__anext__()
@@ -395,13 +385,13 @@ async def test_a_dropped_stream_is_forgotten() -> None:
     thread.start()
     thread.join()
     gc.collect()
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while feed.subscriptions:
             await asyncio.sleep(0)
 
 
-def test_a_stream_dropped_after_its_loop_is_no_error() -> None:
-    """Nor is one that was never made whole."""
+def test_a_stream_dropped_after_its_loop_causes_no_error() -> None:
+    """The same applies to a stream whose constructor failed."""
 
     async def start() -> EventStream:
         stream = open_stream(keepalive_seconds=0.05)
@@ -414,22 +404,23 @@ def test_a_stream_dropped_after_its_loop_is_no_error() -> None:
     EventStream.__new__(EventStream).__del__()
 
 
-# Being ended
+# Ended by the server
 
 
 class Ends(list[Any]):
-    """What a stream tells when it has ended."""
+    """The reasons that a stream reports when it has ended."""
 
-    def __init__(self, stream: EventStream) -> None:
+    def __init__(self, stream: OpenStream) -> None:
         super().__init__()
-        stream.on_close = self.note
+        stream.on_end = self.note
 
-    def note(self, stream: EventStream) -> None:
+    def note(self, stream: OpenStream) -> None:
         self.append(stream.reason)
 
 
-async def test_ending_gives_what_is_buffered_first(history: History) -> None:
-    """The listener gets it, and the time after which to come back; then the stream ends."""
+async def test_ending_a_stream_sends_the_buffer_and_a_reconnection_time_first(
+    history: History,
+) -> None:
     add(history, "start")
     reader = Reader(open_stream())
     ends = Ends(reader.stream)
@@ -438,21 +429,19 @@ async def test_ending_gives_what_is_buffered_first(history: History) -> None:
     await is_waiting()
     feed = get_hub()._feeds["t"]
     for entry in add(history, *"ab"):
-        feed.receive(entry.seq, [entry.frame()], entry.finishes)
-    reader.stream.end(Reason.AGE, 1234)
-    reader.stream.end(Reason.CLOSED, 99)
+        feed.receive(entry.batch())
+    reader.stream.end(Reason.MAX_AGE, 1234)
+    reader.stream.end(Reason.CLOSE_REQUESTED, 99)
     for entry in add(history, "c"):
-        feed.receive(entry.seq, [entry.frame()], entry.finishes)
+        feed.receive(entry.batch())
     await waiting
     assert await reader.read_to_end() == ["a", "b"]
     assert reader.decoder.retry_ms == 1234
-    assert ends == [Reason.AGE]
-    assert not reader.stream.is_open
+    assert ends == [Reason.MAX_AGE]
     assert await Reader(open_stream(reader.decoder.last_event_id)).read(1) == ["c"]
 
 
-async def test_ending_without_a_time() -> None:
-    """A stream that waits ends at once, without a byte."""
+async def test_ending_a_stream_without_a_reconnection_time_sends_nothing() -> None:
     reader = Reader(open_stream())
     await reader.chunk()
     waiting = asyncio.ensure_future(reader.chunk())
@@ -463,8 +452,8 @@ async def test_ending_without_a_time() -> None:
     assert reader.stream.reason is Reason.REFUSED
 
 
-async def test_ending_before_the_first_byte() -> None:
-    """The listener gets its cursor and the time to come back, and nothing is subscribed."""
+async def test_a_stream_that_ends_early_sends_its_cursor_and_a_reconnection_time() -> None:
+    """The stream is never subscribed."""
     reader = Reader(open_stream())
     ends = Ends(reader.stream)
     reader.stream.end(Reason.SHUTDOWN, 700)
@@ -475,14 +464,15 @@ async def test_ending_before_the_first_byte() -> None:
     assert not get_hub()._feeds
 
 
-async def test_ending_in_the_middle_of_a_replay(history: History, settings) -> None:
-    """The rest is left for the listener's next stream."""
+async def test_ending_during_a_replay_leaves_the_rest_for_the_next_stream(
+    history: History, settings
+) -> None:
     settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 100
     (start,) = add(history, "start")
     add(history, *(str(n) * 40 for n in range(5)))
     reader = Reader(open_stream(str(start.seq)))
     await reader.read(1)
-    reader.stream.end(Reason.CLOSED, 5)
+    reader.stream.end(Reason.CLOSE_REQUESTED, 5)
     got = await reader.read_to_end()
     assert len(got) < 5
     late = Reader(open_stream(reader.decoder.last_event_id))
@@ -490,10 +480,9 @@ async def test_ending_in_the_middle_of_a_replay(history: History, settings) -> N
     await late.stream.aclose()
 
 
-async def test_ending_while_the_history_is_read(
+async def test_events_read_while_the_stream_ends_are_left_for_the_next_stream(
     history: History, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What comes back from it is left for the listener's next stream."""
     (start,) = add(history, "start")
     (entry,) = add(history, "a")
     reader = Reader(open_stream(str(start.seq)))
@@ -502,7 +491,7 @@ async def test_ending_while_the_history_is_read(
 
     async def read(token: str, after: int) -> Slice:
         slice_ = await real(token, after)
-        reader.stream.end(Reason.AGE, 5)
+        reader.stream.end(Reason.MAX_AGE, 5)
         return slice_
 
     monkeypatch.setattr(hub, "read", read)
@@ -513,43 +502,47 @@ async def test_ending_while_the_history_is_read(
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
-async def test_aborting_drops_what_is_buffered(history: History, steps: int) -> None:
-    """It ends at once, tells who serves it, and is over for whoever waits."""
+async def test_aborting_drops_the_buffer_and_cancels_the_sending_task(
+    history: History, steps: int
+) -> None:
     (start,) = add(history, "start")
     add(history, "a")
     stream = open_stream(str(start.seq))
     ends = Ends(stream)
-    aborted = []
-    stream.on_abort = lambda: aborted.append(stream.reason)
+    task: Any = Mock()
+    stream.begin_sending(task)
     reader = Reader(stream)
     for _ in range(steps):
         await reader.chunk()
     stream.abort(Reason.STALLED)
-    stream.abort(Reason.LEFT)
-    assert aborted == ends == [Reason.STALLED]
+    stream.abort(Reason.CLIENT_DISCONNECTED)
+    task.cancel.assert_called_once_with()
     assert await reader.chunk() == b""
     assert reader.ended
     assert stream.sending_since is None
-    assert not stream.is_open
+    assert ends == []
+    stream.end_sending()
+    assert ends == [Reason.STALLED]
 
 
-async def test_aborting_wakes_who_waits() -> None:
-    """A waiting stream ends at once, and needs nobody who listens for its end."""
+async def test_aborting_a_stream_wakes_its_reader() -> None:
     reader = Reader(open_stream())
     await reader.chunk()
     waiting = asyncio.ensure_future(reader.chunk())
     await is_waiting()
-    reader.stream.abort(Reason.CLOSED)
+    reader.stream.abort(Reason.CLOSE_REQUESTED)
     assert await waiting == b""
-    assert reader.stream.reason is Reason.CLOSED
+    assert reader.stream.reason is Reason.CLOSE_REQUESTED
 
 
-async def test_why_streams_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each end has its reason, told once; an open stream has none."""
+async def test_each_end_is_reported_once_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open stream has no reason."""
     cases: dict[Reason, Callable[[Reader], Any]] = {
-        Reason.FINISHED: lambda reader: apublish("t", "close", ""),
-        Reason.LEFT: lambda reader: reader.stream.aclose(),
-        Reason.FAILED: lambda reader: patch.setattr(Subscriber, "take_loss", lambda self: 1 / 0),
+        Reason.TOKEN_CLOSED: lambda reader: apublish("t", "close", ""),
+        Reason.CLIENT_DISCONNECTED: lambda reader: reader.stream.aclose(),
+        Reason.FAILED: lambda reader: patch.setattr(
+            Subscriber, "take_overflow_reset", lambda self: 1 / 0
+        ),
     }
     for reason, end in cases.items():
         reader = Reader(open_stream())
@@ -566,8 +559,7 @@ async def test_why_streams_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (reader.stream.reason, ends) == (reason, [reason])
 
 
-async def test_a_cancelled_stream_was_left() -> None:
-    """Its listener has gone."""
+async def test_a_cancelled_stream_reports_that_the_client_disconnected() -> None:
     stream = open_stream()
     ends = Ends(stream)
     await stream.__anext__()
@@ -576,31 +568,28 @@ async def test_a_cancelled_stream_was_left() -> None:
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert ends == [Reason.LEFT]
+    assert ends == [Reason.CLIENT_DISCONNECTED]
 
 
-async def test_a_dropped_stream_tells_its_end() -> None:
-    """Once, with the reason that it has, or else that it was left."""
-    stream: EventStream | None = open_stream()
+async def test_a_dropped_stream_reports_its_end_once() -> None:
+    """The reason is its own, or that the client disconnected."""
+    stream: OpenStream | None = open_stream()
     assert stream is not None
     ends = Ends(stream)
     stream = None
     gc.collect()
-    assert ends == [Reason.LEFT]
+    assert ends == [Reason.CLIENT_DISCONNECTED]
     stream = open_stream()
     ends = Ends(stream)
-    stream.end(Reason.AGE)
+    stream.end(Reason.MAX_AGE)
     stream = None
     gc.collect()
-    assert ends == [Reason.AGE]
+    assert ends == [Reason.MAX_AGE]
 
 
-async def test_since_when_the_server_has_a_chunk(history: History) -> None:
-    """Between two steps it is known how long the server takes; waiting does not count."""
+async def test_the_stall_time_counts_only_while_the_server_sends_a_chunk(history: History) -> None:
     reader = Reader(open_stream())
     assert reader.stream.sending_since is None
-    reader.stream.progress()
-    assert reader.stream.sending_since is None, "nothing is being taken"
     assert reader.stream.stalled_for(1e12) == 0
     await reader.chunk()
     since = reader.stream.sending_since
@@ -608,14 +597,13 @@ async def test_since_when_the_server_has_a_chunk(history: History) -> None:
     waiting = asyncio.ensure_future(reader.chunk())
     await is_waiting()
     assert reader.stream.sending_since is None
-    assert reader.stream.is_open
     await apublish("t", "ping", "a")
     await waiting
     assert reader.stream.sending_since is not None
     assert reader.stream.sending_since >= since
     reader.stream.sending_since = since - 5
     assert reader.stream.stalled_for(since) == 5
-    reader.stream.progress()
+    reader.stream.note_progress()
     assert reader.stream.sending_since >= since
     await reader.stream.aclose()
 
@@ -623,23 +611,23 @@ async def test_since_when_the_server_has_a_chunk(history: History) -> None:
 # Failures
 
 
-async def test_an_error_ends_the_stream_cleanly(
+async def test_an_error_ends_the_stream_without_an_exception(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception never escapes into the server; the listener comes back."""
+    """The error is logged, and the listener reconnects."""
     reader = Reader(open_stream())
     await reader.chunk()
-    monkeypatch.setattr(Subscriber, "take_loss", lambda self: 1 / 0)
+    monkeypatch.setattr(Subscriber, "take_overflow_reset", lambda self: 1 / 0)
     await reader.chunk()
     assert reader.ended
     assert "failed and is ended" in caplog.text
     assert not next(iter(get_hub()._feeds.values())).subscriptions
 
 
-async def test_a_history_that_fails_ends_no_stream(
+async def test_a_failed_read_of_the_history_is_retried(
     history: History, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading is tried again; meanwhile keepalives and live-only events arrive."""
+    """Meanwhile keepalives and live-only events are delivered."""
     (start,) = add(history, "start")
     stream = open_stream(str(start.seq), keepalive_seconds=0.05)
     real = history.read
@@ -654,10 +642,9 @@ async def test_a_history_that_fails_ends_no_stream(
     await stream.aclose()
 
 
-async def test_a_live_only_close_waits_for_the_history(
+async def test_a_live_only_close_comes_after_the_unread_events(
     history: History, monkeypatch: pytest.MonkeyPatch, settings
 ) -> None:
-    """Events that are still to be read come before a close that needs no history."""
     settings.EVENTSOURCE_EVENT_CLASS = "django_eventsource.events.StringEvent"
     (start,) = add(history, "start")
     add(history, "a")
@@ -673,7 +660,7 @@ async def test_a_live_only_close_waits_for_the_history(
     reader = Reader(stream)
     await reader.chunk()
     waiting = asyncio.ensure_future(reader.read_to_end())
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not tries:
             await asyncio.sleep(0)
         await apublish("t", "close", "bye")
@@ -684,18 +671,17 @@ async def test_a_live_only_close_waits_for_the_history(
     assert await waiting == ["a", "bye"]
 
 
-async def test_a_history_that_lags_is_asked_again(
+async def test_a_history_behind_the_channel_layer_is_read_again(
     history: History, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the layer brought more than the history shows, reading pauses and goes on."""
-    monkeypatch.setattr(module, "STALE_SECONDS", 0.001)
+    monkeypatch.setattr(EventStream, "STALE_SECONDS", 0.001)
     (start,) = add(history, "start")
     first, second = Reader(open_stream()), Reader(open_stream(str(start.seq)))
     await first.chunk()
     await second.chunk()
     await apublish("t", "ping", "a")
     assert await first.read(1) == ["a"]
-    get_hub()._reads.forget()
+    get_hub()._replays.discard()
     real = history.read
     stale = [1, 2, 3]
 
@@ -712,12 +698,11 @@ async def test_a_history_that_lags_is_asked_again(
     await second.stream.aclose()
 
 
-def test_come_back_later() -> None:
-    """The whole body is one reconnection time, which differs from listener to listener."""
+def test_the_body_of_an_unavailable_stream_is_a_random_reconnection_time() -> None:
     times = set()
     for _ in range(20):
         decoder = Decoder("before")
-        assert decoder.feed(come_back_later()) == []
+        assert decoder.feed(retry_body()) == []
         assert decoder.last_event_id == "before"
         times.add(decoder.retry_ms)
     assert all(2_000 <= time <= 10_000 for time in times if time is not None)
@@ -725,18 +710,19 @@ def test_come_back_later() -> None:
     assert len(times) > 1
 
 
-# Several tokens, with a real hub; what they promise is in test_cursors.py
+# Several tokens, with a real hub; test_cursors.py tests their cursors
 
 
 def open_streams(*tokens: str, cursor: str | None = None) -> EventStream:
-    cursors = split_cursor(cursor, tokens)
+    cursors = parse_cursors(cursor, tokens)
     positions = {token: get_history().locate(token, cursors[token]) for token in tokens}
     first = positions.pop(tokens[0])
     return EventStream(tokens[0], first, asked=cursor, others=positions)
 
 
-async def test_several_tokens_on_one_stream(history: History) -> None:
-    """Replay and live, each token in order, and one cursor to come back with."""
+async def test_a_stream_of_several_tokens_replays_each_in_order_and_resumes_from_one_cursor(
+    history: History,
+) -> None:
     for token in "abc":
         add(history, f"{token}0", token=token)
     reader = Reader(open_streams("a", "b", "c"))
@@ -764,11 +750,10 @@ async def test_several_tokens_on_one_stream(history: History) -> None:
     await apublish("a", "close", "a bye")
     await apublish("c", "close", "c bye")
     assert sorted(await waiting) == ["a bye", "c bye"]
-    assert last.reason is Reason.FINISHED
+    assert last.reason is Reason.TOKEN_CLOSED
 
 
-async def test_a_stalled_reader_of_several_tokens_loses_nothing(settings) -> None:
-    """All its tokens are read again from where they were taken."""
+async def test_a_stalled_reader_of_several_tokens_receives_all_events_later(settings) -> None:
     settings.EVENTSOURCE_STREAM_BUFFER_BYTES = 2000
     for token in "ab":
         add(get_history(), "start", token=token)
@@ -783,68 +768,3 @@ async def test_a_stalled_reader_of_several_tokens_loses_nothing(settings) -> Non
     assert [text for text in got if text[0] == "a"] == ["a first", *(f"a {n}" for n in range(100))]
     assert [text for text in got if text[0] == "b"] == [f"b {n}" for n in range(100)]
     await reader.stream.aclose()
-
-
-# Letting go
-
-
-async def test_thread_of_the_request_is_let_go() -> None:
-    """The executor that a request's context holds is ended."""
-    async with ThreadSensitiveContext():
-        await sync_to_async(lambda: None)()
-        context = SyncToAsync.thread_sensitive_context.get()
-        executor = SyncToAsync.context_to_thread_executor[context]
-        (thread,) = executor._threads
-        await let_go()
-        thread.join(SECONDS)
-        assert not thread.is_alive()
-        assert await sync_to_async(lambda: 5)() == 5
-
-
-@pytest.mark.django_db(transaction=True)
-async def test_connection_of_the_request_is_let_go() -> None:
-    """The database connections of the request's thread are closed."""
-    async with ThreadSensitiveContext():
-        closed = []
-
-        def use() -> None:
-            connection.ensure_connection()
-            real = connection.connection
-            closed.append(lambda: real)
-
-        await sync_to_async(use)()
-        raw = closed[0]()
-        await let_go()
-        with pytest.raises(Exception, match="closed"):
-            raw.execute("SELECT 1")
-
-
-@pytest.mark.django_db
-def test_connection_in_a_transaction_is_kept() -> None:
-    """A test case's transaction survives a stream."""
-    connection.ensure_connection()
-    module._close_connections()
-    assert connection.connection is not None
-
-
-async def test_nothing_to_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a request's context, or with another asgiref, nothing is touched."""
-    await let_go()
-    async with ThreadSensitiveContext():
-        with monkeypatch.context() as patch:
-            patch.delattr(SyncToAsync, "context_to_thread_executor")
-            await let_go()
-
-
-async def test_an_executor_that_has_gone_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A context whose executor somebody else has ended is no trouble."""
-    monkeypatch.setattr(module, "_close_connections", lambda: None)
-
-    class Gone(dict[Any, Any]):
-        def pop(self, *args: Any) -> None:
-            return None
-
-    async with ThreadSensitiveContext():
-        monkeypatch.setattr(SyncToAsync, "context_to_thread_executor", Gone())
-        await let_go()
-        SyncToAsync.context_to_thread_executor.clear()

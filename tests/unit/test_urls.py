@@ -32,15 +32,14 @@ def client(memory_history, settings):
     return AsyncClient()
 
 
-def test_namespace():
-    """The URLs are known as `eventsource:event` without a namespace in the include."""
+def test_the_urls_have_the_namespace_eventsource():
+    """The include needs no namespace."""
     assert urls.app_name == "eventsource"
     assert [pattern.name for pattern in urls.urlpatterns] == ["event", None]
 
 
 @pytest.mark.parametrize(("action", "token", "url"), PATHS, ids=[url for *_, url in PATHS])
-def test_reverse_and_resolve(action, token, url):
-    """An action and any token make a URL, which leads back to them."""
+def test_an_action_and_any_token_are_reversed_and_resolved(action, token, url):
     kwargs = {"action": action, "token": token}
     assert reverse("eventsource:event", kwargs=kwargs) == url
     match = resolve(f"/events/{action}/{token}")
@@ -49,8 +48,7 @@ def test_reverse_and_resolve(action, token, url):
 
 
 @pytest.mark.parametrize("token", ["a/b", "/x", "a\nb\n", "%2F", "a?b#c", " ", "a&b=c+d"])
-async def test_token_reaches_the_view(client, memory_history, token):
-    """A quoted token reaches the history as it was before it was quoted."""
+async def test_a_quoted_token_is_unquoted_before_it_is_published(client, memory_history, token):
     response = await client.post(
         f"/events/ping/{quote(token)}", data="42", content_type="text/plain"
     )
@@ -59,8 +57,7 @@ async def test_token_reaches_the_view(client, memory_history, token):
 
 
 @pytest.mark.parametrize("method", ["get", "head", "post"])
-async def test_empty_token(client, method):
-    """A URL that ends before its token is answered with what is missing."""
+async def test_a_url_without_a_token_is_responded_with_400(client, method):
     action = "ping" if method == "post" else "poll"
     response = await getattr(client, method)(f"/events/{action}/")
     assert response.status_code == 400
@@ -68,13 +65,12 @@ async def test_empty_token(client, method):
 
 
 @pytest.mark.parametrize("url", ["/events/", "/events/poll", "/events//token"])
-async def test_other_urls_are_not_ours(client, url):
-    """What has no action and token at all is Django's own 404 or redirect."""
+async def test_urls_without_an_action_and_a_token_are_not_matched(client, url):
+    """Django responds with 404 or a redirect."""
     assert (await client.get(url)).status_code in (301, 404)
 
 
-async def test_urls_may_be_mounted_anywhere(client, settings):
-    """The prefix may have parameters of its own, which the view leaves alone."""
+async def test_the_urls_can_be_included_below_a_prefix_with_parameters(client, settings):
     settings.ROOT_URLCONF = __name__
     for url in ("/blue/stream/ping/42", "/own/ping/42"):
         response = await client.post(url, data="42", content_type="text/plain")

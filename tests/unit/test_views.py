@@ -1,9 +1,10 @@
-"""The view: what each request is answered, and what middleware does to a stream."""
+"""Tests of the view: its responses, and streams that pass through middleware."""
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import gzip
 import json
 from pathlib import Path
@@ -24,22 +25,22 @@ from django.urls import include, path
 
 from django_eventsource.events import Event, JSONIdEvent, StringEvent, StringIdEvent
 from django_eventsource.exceptions import DeliveryFailed, NotAuthenticated
-from django_eventsource.frames import Decoder
 from django_eventsource.grants import make_grant
 from django_eventsource.history import Kind, get_history
-from django_eventsource.listeners import Listener, registry
+from django_eventsource.operations.presence import Lease
+from django_eventsource.operations.shutdown import shutdown
+from django_eventsource.operations.supervisor import get_supervisor
 from django_eventsource.policies import AllowAny
-from django_eventsource.responses import Slot
-from django_eventsource.shutdown import shutdown
-from django_eventsource.signals import stream_opened
-from django_eventsource.streams import Reason
+from django_eventsource.protocol.frames import Decoder
+from django_eventsource.publishing import apublish
+from django_eventsource.signals import Listener, Reason, stream_opened
+from django_eventsource.streaming.registry import registry
+from django_eventsource.streaming.response import Slot
 from django_eventsource.views import EventSourceView
-from django_eventsource.watch import Watch, get_watch
-from tests.histories import add, draft, texts
+from tests.support.events import add, draft, texts
+from tests.support.waiting import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.usefixtures("memory_history", "allow_any")
-
-SECONDS = 10
 
 
 class Reasoned(AllowAny):
@@ -80,7 +81,7 @@ class Broken(EventSourceView):
 
 
 class Odd(EventSourceView):
-    """Its state is what the token says."""
+    """A view whose initial state depends on the token."""
 
     async def initial_state(self, request: HttpRequest, token: str) -> Any:
         if token == "forbidden":
@@ -96,7 +97,7 @@ class Nameless(AllowAny):
 
 
 class Down(AllowAny):
-    """A policy whose database is away."""
+    """A policy whose database is down."""
 
     async def can_listen(self, request: HttpRequest, token: str) -> bool:
         raise OperationalError("away")
@@ -108,6 +109,17 @@ class Down(AllowAny):
 class Unidentified(AllowAny):
     async def identify(self, request: HttpRequest) -> str:
         raise OperationalError("away")
+
+
+class Fickle(AllowAny):
+    """A policy whose answer a test sets."""
+
+    answer: Any = True
+
+    async def can_listen(self, request: HttpRequest, token: str) -> bool:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return bool(self.answer)
 
 
 urlpatterns = [
@@ -128,7 +140,7 @@ urlpatterns = [
     path("never/<action>/<token>", EventSourceView.as_view(policy=Never)),
     path("alone/<action>/<token>", EventSourceView.as_view(exclusive=True)),
     path("heard/<action>/<token>", EventSourceView.as_view(require_listener=True)),
-    path("fickle/<action>/<token>", EventSourceView.as_view(policy=lambda: Fickle())),
+    path("fickle/<action>/<token>", EventSourceView.as_view(policy=Fickle)),
     path("state/<action>/<token>", Stateful.as_view()),
     path("changing/<action>/<token>", Changing.as_view()),
     path("broken/<action>/<token>", Broken.as_view()),
@@ -148,10 +160,10 @@ def allow_any(settings) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nobody_listens() -> None:
-    """Streams that a failed test has left open do not count in the next one."""
-    for stream, _ in registry.streams():
-        stream.abort(Reason.CLOSED)
+def no_open_streams() -> None:
+    """End the streams that a failed test has left open."""
+    for stream in registry.streams():
+        stream.abort(Reason.CLOSE_REQUESTED)
 
 
 @pytest.fixture
@@ -160,11 +172,11 @@ def client() -> AsyncClient:
 
 
 async def start(response: Any, count: int = 1) -> bytes:
-    """Read the first chunks of a stream, then leave."""
+    """Return the first chunks of a stream, and end it."""
     assert response.status_code == 200, response.content
     stream = aiter(response)
     chunks = b""
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         for _ in range(count):
             chunks += await anext(stream)
     await stream.aclose()
@@ -179,7 +191,7 @@ def send(client: AsyncClient, url: str, body: bytes | str = b"", **extra: Any) -
 
 
 async def test_get_opens_a_stream(client: AsyncClient) -> None:
-    """GET of the LISTEN action streams, with its first bytes at once."""
+    """GET of the LISTEN action responds with a stream and its first bytes."""
     (entry,) = add(get_history(), "a", token="42:42")
     response = await client.get("/events/poll/42:42")
     assert response["Content-Type"] == "text/event-stream"
@@ -188,7 +200,7 @@ async def test_get_opens_a_stream(client: AsyncClient) -> None:
 
 
 async def test_get_resumes_after_the_last_event_id(client: AsyncClient) -> None:
-    """The header brings what was missed; it wins over the query."""
+    """The header takes precedence over the query."""
     entries = add(get_history(), *"abc")
     for url, headers in [
         ("/events/poll/t", {"Last-Event-ID": str(entries[1].seq)}),
@@ -199,8 +211,8 @@ async def test_get_resumes_after_the_last_event_id(client: AsyncClient) -> None:
         assert [event.data for event in Decoder().feed(body)] == ["c"]
 
 
-async def test_the_opening_cursor_is_an_event_where_the_view_says_so(client: AsyncClient) -> None:
-    """The data is the id."""
+async def test_cursor_event_sends_the_opening_cursor_as_an_event(client: AsyncClient) -> None:
+    """The data of the event is the id."""
     (entry,) = add(get_history(), "a")
     expected = f"id: {entry.seq}\nevent: cursor\ndata: {entry.seq}\n\n"
     assert await start(await client.get("/cursor/poll/t")) == expected.encode()
@@ -209,10 +221,10 @@ async def test_the_opening_cursor_is_an_event_where_the_view_says_so(client: Asy
 
 
 @pytest.mark.parametrize("url", ["/cursor/poll/t", "/cursor/poll/t?token=u", "/begun/poll/t"])
-async def test_a_client_that_ignores_an_id_without_data_loses_nothing_with_a_cursor_event(
+async def test_a_client_that_ignores_an_id_without_data_resumes_from_the_cursor_event(
     client: AsyncClient, url: str
 ) -> None:
-    """It was cut off before its first event."""
+    """The client was disconnected before its first event."""
     add(get_history(), "before")
     opening = Decoder().feed(await start(await client.get(url)))
     assert opening[-1].event == "cursor"
@@ -224,10 +236,10 @@ async def test_a_client_that_ignores_an_id_without_data_loses_nothing_with_a_cur
     ]
 
 
-async def test_a_reset_with_a_cursor_takes_the_place_of_the_cursor_event(
+async def test_a_reset_with_a_cursor_replaces_the_cursor_event(
     client: AsyncClient,
 ) -> None:
-    """It is an event that commits the cursor already."""
+    """The reset commits the cursor."""
     add(get_history(), "a")
     (event,) = Decoder().feed(await start(await client.get("/cursor/poll/t?last_event_id=1")))
     assert event.event == "reset"
@@ -235,7 +247,7 @@ async def test_a_reset_with_a_cursor_takes_the_place_of_the_cursor_event(
 
 
 async def test_a_live_only_url_has_no_cursor_event(client: AsyncClient) -> None:
-    """Its listeners do not come back with an id."""
+    """A listener of a live-only class reconnects without an id."""
     assert await start(await client.get("/livecursor/poll/t")) == b": open\n"
 
 
@@ -266,8 +278,10 @@ async def test_a_live_only_url_has_no_cursor_event(client: AsyncClient) -> None:
         "nul",
     ],
 )
-async def test_an_absurd_last_event_id_gets_reset(client: AsyncClient, cursor: str) -> None:
-    """200, reset first, then live."""
+async def test_a_last_event_id_that_is_not_in_the_history_is_responded_with_reset(
+    client: AsyncClient, cursor: str
+) -> None:
+    """The status is 200, and live events follow the reset."""
     (entry,) = add(get_history(), "old")
     response = await client.get("/events/poll/t", headers={"Last-Event-ID": cursor})
     stream = aiter(response)
@@ -279,11 +293,11 @@ async def test_an_absurd_last_event_id_gets_reset(client: AsyncClient, cursor: s
     await stream.aclose()
 
 
-async def test_a_closed_token_stops_who_has_seen_it(client: AsyncClient) -> None:
-    """204 at the close; a fresh listener opens the token anew and resumes there."""
+async def test_a_client_that_received_the_close_is_responded_with_204(client: AsyncClient) -> None:
+    """A client without an id opens the token again and resumes there."""
     history = get_history()
     (start_entry,) = add(history, "a")
-    (close,) = history.append("t", [draft("bye", kind=Kind.FINISH)])
+    (close,) = history.append("t", [draft("bye", kind=Kind.CLOSE)])
     response = await client.get("/events/poll/t", headers={"Last-Event-ID": str(close.seq)})
     assert (response.status_code, response.content) == (204, b"")
     before = await client.get("/events/poll/t", headers={"Last-Event-ID": str(start_entry.seq)})
@@ -295,10 +309,10 @@ async def test_a_closed_token_stops_who_has_seen_it(client: AsyncClient) -> None
     assert await start(again) == fresh
 
 
-async def test_a_history_that_cannot_be_read(
+async def test_a_client_is_asked_to_reconnect_if_the_history_cannot_be_read(
     client: AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The listener is asked to come back: any other status would make it give up."""
+    """Any other response would stop a browser's EventSource."""
     monkeypatch.setattr(get_history(), "locate", lambda *args: 1 / 0)
     response = await client.get("/events/poll/t")
     assert response.status_code == 200
@@ -310,16 +324,16 @@ async def test_a_history_that_cannot_be_read(
     assert "cannot be read" in caplog.text
 
 
-async def test_head_gives_headers_only(client: AsyncClient) -> None:
-    """HEAD never opens a stream."""
+async def test_head_responds_with_headers_only(client: AsyncClient) -> None:
+    """HEAD opens no stream."""
     response = await client.head("/events/poll/t")
     assert (response.status_code, response.content) == (200, b"")
     assert response["Content-Type"] == "text/event-stream"
     assert not response.streaming
 
 
-def test_view_and_stream_on_different_loops(client: AsyncClient) -> None:
-    """Sync tests run the view on one event loop and read its stream on another."""
+def test_a_stream_is_read_on_another_event_loop_than_its_view(client: AsyncClient) -> None:
+    """Synchronous tests do this."""
     (entry,) = add(get_history(), "a")
     response = async_to_sync(client.get)("/events/poll/t")
     add(get_history(), "b")
@@ -328,8 +342,7 @@ def test_view_and_stream_on_different_loops(client: AsyncClient) -> None:
     assert [event.data for event in Decoder().feed(body)] == ["b"]
 
 
-async def test_url_options(client: AsyncClient) -> None:
-    """A URL can have an Event class, a keepalive time and a policy of its own."""
+async def test_a_url_has_its_own_event_class_keepalive_and_policy(client: AsyncClient) -> None:
     assert await start(await client.get("/live/poll/t")) == b": open\n"
     assert b": keepalive\n" in await start(await client.get("/quick/poll/t"), 2)
     response = await client.get("/reasoned/poll/t")
@@ -337,14 +350,12 @@ async def test_url_options(client: AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0, -1, "5"])
-def test_a_bad_keepalive_is_told_when_the_view_is_made(seconds: object) -> None:
-    """0 is an error, not a way to spin."""
+def test_as_view_refuses_keepalive_seconds_that_are_not_positive(seconds: object) -> None:
     with pytest.raises(ImproperlyConfigured, match="keepalive_seconds must be a positive number"):
         EventSourceView.as_view(keepalive_seconds=seconds)
 
 
-def test_a_bad_event_class_is_told_when_the_view_is_made() -> None:
-    """The reserved action is refused."""
+def test_as_view_refuses_an_event_class_with_a_reserved_action() -> None:
 
     class Bad(Event):
         ACTIONS = ["reset"]
@@ -356,8 +367,10 @@ def test_a_bad_event_class_is_told_when_the_view_is_made() -> None:
 # Several tokens
 
 
-async def test_several_tokens_on_one_stream(client: AsyncClient) -> None:
-    """The query names the further ones; each is given once, and the cursor is of them all."""
+async def test_one_stream_carries_the_tokens_of_the_path_and_the_query(
+    client: AsyncClient,
+) -> None:
+    """A token that is repeated is carried once, and one cursor is valid for all tokens."""
     history = get_history()
     for token in "abc":
         add(history, f"{token}0", token=token)
@@ -369,12 +382,12 @@ async def test_several_tokens_on_one_stream(client: AsyncClient) -> None:
     for token in "abc":
         await send(client, f"/events/ping/{token}", f"{token}1")
     got: list[str] = []
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while len(got) < 3:
             got += [event.data for event in decoder.feed(await anext(stream))]
     assert sorted(got) == ["a1", "b1", "c1"]
     await stream.aclose()
-    # In a header and in the query, with its tokens in any order.
+    # The cursor is sent in a header or in the query, and the tokens may have any order.
     for text in (f"/events/poll/c?token=a&token=b&last_event_id={first}", ""):
         headers = {} if text else {"Last-Event-ID": first}
         got = await read(await client.get(text or url, headers=headers), 3)
@@ -382,12 +395,12 @@ async def test_several_tokens_on_one_stream(client: AsyncClient) -> None:
 
 
 async def read(response: Any, count: int) -> list[str]:
-    """Read so many events and leave; give their data."""
+    """Return the data of the first events of a stream, and end it."""
     assert response.status_code == 200, response.content
     stream = aiter(response)
     decoder = Decoder()
     got: list[str] = []
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while len(got) < count:
             got += [event.data for event in decoder.feed(await anext(stream))]
     await stream.aclose()
@@ -395,14 +408,14 @@ async def read(response: Any, count: int) -> list[str]:
 
 
 async def opened(response: Any) -> tuple[list[Any], str]:
-    """Read the first bytes and leave; give the events and the cursor."""
+    """Return the events and the cursor of the first chunk of a stream, and end it."""
     decoder = Decoder()
     events = decoder.feed(await start(response))
     return events, decoder.last_event_id
 
 
-async def test_a_page_that_drops_tokens(client: AsyncClient) -> None:
-    """Whatever it keeps goes on where it was: none of it starts afresh in silence."""
+async def test_a_client_that_drops_tokens_resumes_the_others(client: AsyncClient) -> None:
+    """None of them starts at its newest event."""
     tokens = [f"t{n}" for n in range(16)]
     for token in tokens:
         add(get_history(), "old", token=token)
@@ -422,8 +435,10 @@ def url_of(tokens: list[str]) -> str:
 
 
 @pytest.mark.parametrize("cursor", ["~", "~!", "~AAAA", "~" + "A" * 1000, "a b"])
-async def test_garbage_for_several_tokens(client: AsyncClient, cursor: str) -> None:
-    """200, and a reset for each token."""
+async def test_a_cursor_that_is_not_valid_resets_every_token(
+    client: AsyncClient, cursor: str
+) -> None:
+    """The status is 200."""
     for token in "ab":
         add(get_history(), "old", token=token)
     response = await client.get("/events/poll/a?token=b", headers={"Last-Event-ID": cursor})
@@ -432,18 +447,20 @@ async def test_garbage_for_several_tokens(client: AsyncClient, cursor: str) -> N
     assert {json.loads(event.data)["reason"] for event in events} == {"unknown"}
 
 
-async def test_all_of_several_tokens_closed(client: AsyncClient) -> None:
-    """204 is for who has seen the close of each."""
+async def test_a_client_that_received_the_close_of_every_token_is_responded_with_204(
+    client: AsyncClient,
+) -> None:
+    """A close of one token alone does not end its stream."""
     history = get_history()
     for token in "ab":
         add(history, "old", token=token)
     url = "/events/poll/a?token=b"
     _, cursor = await opened(await client.get(url))
-    history.append("a", [draft("bye", kind=Kind.FINISH)])
-    history.append("b", [draft("bye", kind=Kind.FINISH)])
+    history.append("a", [draft("bye", kind=Kind.CLOSE)])
+    history.append("b", [draft("bye", kind=Kind.CLOSE)])
     response = await client.get(url, headers={"Last-Event-ID": cursor})
     decoder = Decoder()
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         events = [event async for chunk in response for event in decoder.feed(chunk)]
     assert [event.event for event in events] == ["close", "close"]
     seen = [(await client.get(url, headers={"Last-Event-ID": event.id})) for event in events]
@@ -455,22 +472,27 @@ async def test_all_of_several_tokens_closed(client: AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("url", "answer"),
     [
-        ("/events/poll/a?token=b&token=c", "3 tokens are asked for; one stream carries at most 2"),
+        (
+            "/events/poll/a?token=b&token=c",
+            "The request has 3 tokens; one stream carries at most 2",
+        ),
         ("/events/poll/a?token=", "The token is empty"),
-        ("/events/poll/a?token=%00", "holds NUL"),
+        ("/events/poll/a?token=%00", "contains NUL"),
         (f"/events/poll/a?token={'x' * 256}", "at most 255"),
     ],
 )
-async def test_bad_sets_of_tokens(client: AsyncClient, settings, url: str, answer: str) -> None:
-    """One clear line, and no stream."""
+async def test_tokens_that_are_not_valid_or_too_many_are_responded_with_400(
+    client: AsyncClient, settings, url: str, answer: str
+) -> None:
+    """The response is one line."""
     settings.EVENTSOURCE_STREAM_MAX_TOKENS = 2
     response = await client.get(url)
     assert response.status_code == 400
     assert answer in response.content.decode()
 
 
-async def test_every_token_needs_permission(client: AsyncClient, settings) -> None:
-    """A grant for one of them opens no stream of two."""
+async def test_every_token_of_a_stream_needs_permission(client: AsyncClient, settings) -> None:
+    """A grant for one of two tokens opens no stream of both."""
     del settings.EVENTSOURCE_POLICY
     headers = {"Authorization": f"Bearer {make_grant('a', listen=True)}"}
     assert (await client.get("/events/poll/a?token=b", headers=headers)).status_code == 403
@@ -489,8 +511,10 @@ async def test_every_token_needs_permission(client: AsyncClient, settings) -> No
         ("MAX_STREAMS_PER_ADDRESS", "/events/poll/other"),
     ],
 )
-async def test_limits(client: AsyncClient, settings, name: str, url: str) -> None:
-    """A listener too many is asked to come back, and takes nobody's place."""
+async def test_a_listener_over_a_limit_is_asked_to_reconnect(
+    client: AsyncClient, settings, name: str, url: str
+) -> None:
+    """It does not count as a stream."""
     setattr(settings, f"EVENTSOURCE_{name}", 1)
     first = await client.get("/events/poll/t")
     for _ in range(3):
@@ -508,8 +532,8 @@ async def test_limits(client: AsyncClient, settings, name: str, url: str) -> Non
 
 
 @pytest.mark.django_db(transaction=True)
-async def test_the_limit_of_a_user(settings) -> None:
-    """Each user has a limit, in whatever session; who has no user has none."""
+async def test_the_limit_of_a_user_counts_all_sessions_of_the_user(settings) -> None:
+    """Clients without a user have no such limit."""
     settings.EVENTSOURCE_MAX_STREAMS_PER_USER = 1
     ada, bob = [await User.objects.acreate_user(name) for name in ("ada", "bob")]
     clients = [AsyncClient() for _ in range(3)]
@@ -524,10 +548,10 @@ async def test_the_limit_of_a_user(settings) -> None:
             await start(response)
 
 
-async def test_a_limit_that_is_reached_meanwhile(
+async def test_a_limit_that_is_reached_while_a_stream_is_prepared_is_kept(
     client: AsyncClient, settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the first look and the stream another may have come."""
+    """The limit is checked again when the stream is admitted."""
     settings.EVENTSOURCE_MAX_STREAMS = 1
     first = await client.get("/events/poll/t")
     monkeypatch.setattr(registry, "limit", looks(registry.limit, None))
@@ -537,15 +561,15 @@ async def test_a_limit_that_is_reached_meanwhile(
 
 
 def looks(real: Any, *answers: Any) -> Any:
-    """Give these answers first."""
+    """Return a function that returns these answers first, and the real ones after that."""
     given = list(answers)
     return lambda listener: given.pop(0) if given else real(listener)
 
 
-async def test_no_stream_is_opened_at_the_end(
+async def test_no_stream_is_opened_during_the_shutdown(
     client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who comes while the server ends is asked to come back."""
+    """The client is asked to reconnect."""
     monkeypatch.setattr(shutdown, "begun", True)
     response = await client.get("/events/poll/t")
     assert response.content.startswith(b"event: retry\nretry: ")
@@ -555,20 +579,24 @@ async def test_no_stream_is_opened_at_the_end(
 # Exclusive
 
 
-async def test_a_second_listener_is_locked_out(client: AsyncClient) -> None:
-    """423 while the first is there, on any of the tokens; a place is free when it leaves."""
+async def test_a_second_listener_of_an_exclusive_token_is_responded_with_423(
+    client: AsyncClient,
+) -> None:
+    """It can listen after the first one has left."""
     first = await client.get("/alone/poll/t?token=u")
     for url in ("/alone/poll/t", "/alone/poll/u", "/alone/poll/x?token=u"):
         response = await client.get(url)
         assert response.status_code == 423
-        assert response.content == b"Somebody listens to this token already, and only one may.\n"
+        assert response.content == b"This token has a listener already, and only one is allowed.\n"
     assert await start(first)
     await first._stream.aclose()
     assert await start(await client.get("/alone/poll/u"))
 
 
-async def test_a_listener_in_another_process_locks_out(client: AsyncClient) -> None:
-    """As long as its process says that it is there."""
+async def test_an_exclusive_token_counts_the_listeners_of_other_processes(
+    client: AsyncClient,
+) -> None:
+    """A listener counts as long as the lease of its process lists it."""
     history = get_history()
     history.announce("elsewhere", {"t": ["7"]}, 60)
     assert (await client.get("/alone/poll/t")).status_code == 423
@@ -577,21 +605,23 @@ async def test_a_listener_in_another_process_locks_out(client: AsyncClient) -> N
     assert await start(await client.get("/alone/poll/t"))
 
 
-async def test_two_who_come_at_once(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of them gets the stream, though both have asked before either had it."""
+async def test_one_of_two_simultaneous_listeners_of_an_exclusive_token_is_admitted(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both checked for listeners before either was admitted."""
     asked = asyncio.Event()
 
-    async def is_listened(self: Watch, token: str) -> bool:
+    async def has_listener(self: Lease, token: str) -> bool:
         if waiting.done():
             asked.set()
         await asked.wait()
         return False
 
     waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    monkeypatch.setattr(Watch, "is_listened", is_listened)
+    monkeypatch.setattr(Lease, "has_listener", has_listener)
     both = [asyncio.ensure_future(client.get("/alone/poll/t")) for _ in range(2)]
     waiting.set_result(None)
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         responses = await asyncio.gather(*both)
     assert sorted(response.status_code for response in responses) == [200, 423]
     for response in responses:
@@ -599,29 +629,31 @@ async def test_two_who_come_at_once(client: AsyncClient, monkeypatch: pytest.Mon
             await start(response)
 
 
-async def test_sending_where_somebody_must_listen(client: AsyncClient) -> None:
-    """404 and nothing published, unless there is a listener, here or in another process."""
+async def test_require_listener_refuses_a_post_without_a_listener(client: AsyncClient) -> None:
+    """A listener of this process or of another one is sufficient."""
     response = await send(client, "/heard/ping/t", "x")
-    assert (response.status_code, response.content) == (404, b"Nobody listens to this token.\n")
-    assert not get_history().heads(["t"])["t"].life
+    assert (response.status_code, response.content) == (404, b"This token has no listener.\n")
+    assert not get_history().heads(["t"])["t"].has_epoch
     listening = await client.get("/events/poll/t")
     assert (await send(client, "/heard/ping/t", "x")).status_code == 200
-    await get_watch().beat()
+    await get_supervisor().lease.renew()
     await start(listening)
-    ((stream, _),) = registry.streams()
-    stream.abort(Reason.LEFT)
-    # What this process has told others a moment ago is not what it knows itself.
+    (stream,) = registry.streams()
+    stream.abort(Reason.CLIENT_DISCONNECTED)
+    # The history lists the listener until the next announcement; this process counts its own.
     assert get_history().present("t")
     assert (await send(client, "/heard/ping/t", "x")).status_code == 404
     get_history().announce("elsewhere", {"u": [""]}, 60)
     assert (await send(client, "/heard/ping/u", "x")).status_code == 200
 
 
-# What a stream begins with
+# Initial state
 
 
-async def test_the_initial_state(client: AsyncClient) -> None:
-    """A new listener gets it before its cursor, and the events have no ids."""
+async def test_a_new_listener_receives_the_initial_state_before_its_cursor(
+    client: AsyncClient,
+) -> None:
+    """The events of the state have no ids."""
     (entry,) = add(get_history(), "old")
     body = await start(await client.get("/state/poll/t"))
     assert body.endswith(f"\n\nid: {entry.seq}\n\n".encode())
@@ -632,8 +664,8 @@ async def test_the_initial_state(client: AsyncClient) -> None:
     ]
 
 
-async def test_who_goes_on_needs_no_state(client: AsyncClient) -> None:
-    """One that comes back with a good cursor gets what it missed; with a bad one, both."""
+async def test_a_listener_that_resumes_receives_no_initial_state(client: AsyncClient) -> None:
+    """A listener that missed events receives it after the reset."""
     entries = add(get_history(), "a", "b")
     url = "/state/poll/t"
     good = {"Last-Event-ID": str(entries[0].seq)}
@@ -643,8 +675,10 @@ async def test_who_goes_on_needs_no_state(client: AsyncClient) -> None:
     assert cursor == str(entries[1].seq)
 
 
-async def test_who_is_cut_off_in_the_state_gets_it_again(client: AsyncClient) -> None:
-    """At whatever byte: a cursor is only given with the whole of it."""
+async def test_a_listener_disconnected_in_the_initial_state_receives_it_again(
+    client: AsyncClient,
+) -> None:
+    """No cursor is committed before the last byte of the state, wherever it is cut."""
     (old, _) = add(get_history(), "old", "older")
     for headers in ({}, {"Last-Event-ID": "1"}):
         body = await start(await client.get("/state/poll/t", headers=headers))
@@ -656,8 +690,7 @@ async def test_who_is_cut_off_in_the_state_gets_it_again(client: AsyncClient) ->
     assert old.seq
 
 
-async def test_the_state_of_tokens_that_are_new(client: AsyncClient) -> None:
-    """Of several tokens, those that go on need none."""
+async def test_only_new_tokens_of_a_stream_have_an_initial_state(client: AsyncClient) -> None:
     for token in "ab":
         add(get_history(), "old", token=token)
     _, cursor = await opened(await client.get("/events/poll/a?token=b"))
@@ -671,15 +704,19 @@ async def test_the_state_of_tokens_that_are_new(client: AsyncClient) -> None:
     ]
 
 
-async def test_an_event_while_the_state_is_read(client: AsyncClient) -> None:
-    """It comes after the state: twice at worst, never not at all."""
+async def test_an_event_published_during_initial_state_is_received_after_it(
+    client: AsyncClient,
+) -> None:
+    """It may be received twice, but is never missed."""
     add(get_history(), "old")
     got = await read(await client.get("/changing/poll/t"), 2)
     assert got == ["state with new", "new"]
 
 
-async def test_a_state_that_fails(client: AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
-    """The listener is asked to come back, and takes nobody's place."""
+async def test_a_client_is_asked_to_reconnect_if_initial_state_raises(
+    client: AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It does not count as a stream."""
     response = await client.get("/broken/poll/t")
     assert response.content.startswith(b"event: retry\nretry: ")
     assert "initial_state() of" in caplog.text
@@ -688,26 +725,31 @@ async def test_a_state_that_fails(client: AsyncClient, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("token", ["close", "reset", "nonsense"])
-async def test_a_state_that_cannot_be_sent(
+async def test_an_initial_state_with_an_action_that_is_not_allowed_is_not_sent(
     client: AsyncClient, caplog: pytest.LogCaptureFixture, token: str
 ) -> None:
-    """Its actions are those that may be published, but for the end of the stream."""
+    """Allowed are the actions that may be published, except FINISH."""
     response = await client.get(f"/odd/poll/{token}")
     assert response.content.startswith(b"event: retry\nretry: ")
     assert "initial_state() of" in caplog.text
 
 
 @pytest.mark.parametrize(("token", "status"), [("forbidden", 403), ("nowhere", 404)])
-async def test_a_state_that_is_refused(client: AsyncClient, token: str, status: int) -> None:
-    """A view may say no here as well."""
-    assert (await client.get(f"/odd/poll/{token}")).status_code == status
+async def test_initial_state_can_refuse_a_listener(
+    client: AsyncClient, token: str, status: int
+) -> None:
+    """PermissionDenied is 403 and Http404 is 404. No cache may store either for other users."""
+    response = await client.get(f"/odd/poll/{token}")
+    assert response.status_code == status
+    assert response["Cache-Control"] == "private, no-store"
+    assert response["Content-Type"] == "text/plain; charset=utf-8"
     assert registry.count(token) == 0
 
 
-async def test_a_policy_whose_database_is_away(
+async def test_a_client_is_asked_to_reconnect_if_the_policys_database_is_down(
     client: AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A browser that is told an error gives up; one that is asked to come back does not."""
+    """A POST is responded with 503 and publishes no event."""
     for url in ("/down/poll/t", "/unidentified/poll/t"):
         response = await client.get(url)
         assert response.status_code == 200
@@ -718,23 +760,25 @@ async def test_a_policy_whose_database_is_away(
         503,
         b"The database failed; the event was not published.\n",
     )
-    assert not get_history().heads(["t"])["t"].life
+    assert not get_history().heads(["t"])["t"].has_epoch
 
 
-async def test_nobody_has_no_name(client: AsyncClient, settings) -> None:
-    """A policy that says None means nobody: they are not one user together."""
+async def test_a_policy_that_returns_none_identifies_no_user(
+    client: AsyncClient, settings
+) -> None:
+    """Such listeners do not share a limit."""
     settings.EVENTSOURCE_MAX_STREAMS_PER_USER = 1
     responses = [await client.get("/nameless/poll/t") for _ in range(2)]
-    assert [listener.user for _, listener in registry.streams()] == ["", ""]
+    assert [stream.listener.user for stream in registry.streams()] == ["", ""]
     for response in responses:
         await start(response)
 
 
-# Telling
+# The signal and the recheck
 
 
-async def test_an_opened_stream_is_told(client: AsyncClient) -> None:
-    """With who listens; a receiver that fails harms nobody."""
+async def test_stream_opened_is_sent_with_the_listener(client: AsyncClient) -> None:
+    """A receiver that raises does not affect the stream."""
     told: list[Any] = []
 
     async def receiver(sender: type, listener: Listener, request: HttpRequest, **kwargs: Any):
@@ -750,43 +794,38 @@ async def test_an_opened_stream_is_told(client: AsyncClient) -> None:
     assert told == [(EventSourceView, ("t", "u"), "127.0.0.1", "/events/poll/t")]
 
 
-class Fickle(AllowAny):
-    """Says what it is told to."""
-
-    answer: Any = True
-
-    async def can_listen(self, request: HttpRequest, token: str) -> bool:
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return bool(self.answer)
-
-
 @pytest.mark.parametrize(
     ("answer", "allowed"),
-    [(True, True), (False, False), (PermissionDenied(), False), (NotAuthenticated("x"), False)],
-    ids=["yes", "no", "denied", "unknown"],
+    [
+        (True, True),
+        (False, False),
+        (PermissionDenied(), False),
+        (NotAuthenticated("x"), False),
+        (Http404(), False),
+    ],
+    ids=["yes", "no", "denied", "unknown", "hidden"],
 )
-async def test_a_listener_can_be_checked_again(
+async def test_a_recheck_calls_the_policy_with_the_same_request(
     client: AsyncClient, monkeypatch: pytest.MonkeyPatch, answer: Any, allowed: bool
 ) -> None:
-    """The policy is asked about the same request, whichever way it says no."""
+    """A result of False, PermissionDenied, NotAuthenticated and Http404 are refusals."""
     response = await client.get("/fickle/poll/t?token=u")
-    ((_, listener),) = [pair for pair in registry.streams() if "u" in pair[1].tokens]
+    (stream,) = [one for one in registry.streams() if "u" in one.listener.tokens]
     monkeypatch.setattr(Fickle, "answer", answer)
-    assert listener.recheck is not None
-    assert await listener.recheck() is allowed
+    assert stream.recheck is not None
+    assert await stream.recheck() is allowed
     assert await start(response)
 
 
-async def test_the_stream_is_left_in_the_scopes_slot() -> None:
-    """Where the ASGI wrapper has made one, Django's own body is empty."""
+async def test_a_stream_is_placed_in_the_slot_of_the_scope() -> None:
+    """If the ASGI wrapper has made a slot, Django's response is empty."""
     request = AsyncRequestFactory().get("/")
     slot = request.scope[Slot.KEY] = Slot(request.scope)
     response: Any = await EventSourceView.as_view()(request, action="poll", token="t")
     response._handler_class = object  # as Django's handler marks what it sends
     assert [chunk async for chunk in response] == []
     assert slot.stream is not None
-    assert slot.stream.tokens == ["t"]
+    assert slot.stream.listener.tokens == ("t",)
     assert registry.count("t") == 1
     await slot.stream.aclose()
     assert registry.count("t") == 0
@@ -795,8 +834,8 @@ async def test_the_stream_is_left_in_the_scopes_slot() -> None:
 # Sending
 
 
-async def test_too_many_posts(client: AsyncClient, settings) -> None:
-    """429 says when to try again; nothing is published."""
+async def test_posts_over_the_rate_are_responded_with_429(client: AsyncClient, settings) -> None:
+    """Retry-After contains the seconds, and no event is published."""
     cache.clear()
     settings.EVENTSOURCE_SEND_RATE = (2, 10**9)
     answers = [await send(client, "/events/ping/t", str(n)) for n in range(3)]
@@ -808,8 +847,8 @@ async def test_too_many_posts(client: AsyncClient, settings) -> None:
     cache.clear()
 
 
-async def test_post_publishes(client: AsyncClient) -> None:
-    """The body is the value; the answer is the id, and what the class expects."""
+async def test_post_publishes_its_body_and_responds_with_the_id(client: AsyncClient) -> None:
+    """The Accept header contains the media type of the class."""
     response = await send(client, "/events/ping/a/b%20c", "grüße\nzwei")
     assert response.status_code == 200
     assert response["Accept"] == "text/plain"
@@ -818,21 +857,18 @@ async def test_post_publishes(client: AsyncClient) -> None:
     assert entry.draft.data == "grüße\nzwei".encode()
 
 
-async def test_post_of_a_live_only_class(client: AsyncClient) -> None:
-    """There is no id to give."""
+async def test_post_of_a_live_only_class_responds_without_an_id(client: AsyncClient) -> None:
     response = await send(client, "/live/ping/t", "x")
     assert response.json() == {"id": None}
 
 
-async def test_post_of_json(client: AsyncClient) -> None:
-    """A JSON class announces its media type."""
+async def test_post_of_a_json_class_responds_with_its_media_type(client: AsyncClient) -> None:
     response = await send(client, "/json/ping/t", '{"a": [1]}')
     assert response["Accept"] == "application/json"
     assert (await send(client, "/json/close/t")).status_code == 200
 
 
-async def test_a_published_event_reaches_a_listener(client: AsyncClient) -> None:
-    """GET and POST meet on the token."""
+async def test_a_posted_event_reaches_a_listener(client: AsyncClient) -> None:
     response = await client.get("/events/poll/t")
     stream = aiter(response)
     await anext(stream)
@@ -840,6 +876,170 @@ async def test_a_published_event_reaches_a_listener(client: AsyncClient) -> None
     (event,) = Decoder().feed(await anext(stream))
     assert (event.event, event.data, event.id) == ("ping", "hello", posted.json()["id"])
     await stream.aclose()
+
+
+# Keys
+
+
+class ByHeader(AllowAny):
+    """A policy that identifies the sender by a header."""
+
+    async def identify(self, request: HttpRequest) -> str:
+        return request.headers.get("X-Sender", "")
+
+
+class ClientAt(AsyncClient):
+    """A client with an address."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self.address = address
+
+    def _base_scope(self, **request: Any) -> Any:
+        return super()._base_scope(client=[self.address, 0], **request)
+
+
+async def post_with_key(
+    client: AsyncClient, value: str, key: str = "k", url: str = "/events/ping/t", **headers: str
+) -> str:
+    """Post a value with a key, and return the id of the response."""
+    headers = {"Idempotency-Key": key, "X-Sender": "ada", **headers}
+    response = await send(client, url, value, headers=headers)
+    assert response.status_code == 200, response.content
+    return str(response.json()["id"])
+
+
+@pytest.fixture
+def ada(settings) -> AsyncClient:
+    """Return a client whose user is the header `X-Sender`."""
+    settings.EVENTSOURCE_POLICY = f"{__name__}.ByHeader"
+    return AsyncClient()
+
+
+def published() -> list[str]:
+    """Return the texts of all events of the token `t`."""
+    floor = get_history().newest("a token without events")[0]
+    return texts(get_history().read("t", floor).entries)
+
+
+async def test_a_repeated_post_with_a_key_is_responded_with_the_first_id(
+    ada: AsyncClient,
+) -> None:
+    first = await post_with_key(ada, "a")
+    assert await post_with_key(ada, "b") == first
+    assert await post_with_key(ada, "c", "other key") != first
+    assert (await send(ada, "/events/ping/t", "d")).status_code == 200
+    assert published() == ["a", "c", "d"]
+
+
+async def test_the_value_of_the_header_is_not_parsed(ada: AsyncClient) -> None:
+    """Quotes, case and inner spaces count."""
+    keys = ['"k"', "k", "K", "k; a=1", "k  x", "k x", "é"]
+    ids = [await post_with_key(ada, key, key) for key in keys]
+    assert len(set(ids)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "answer"),
+    [
+        ("/events/ping/t", "", "The key is empty; expected a text of 1 to 255 characters."),
+        ("/events/ping/t", "x" * 256, "256 characters long; expected a text of 1 to 255"),
+        ("/events/ping/t", "a\0", "contains NUL"),
+        ("/live/ping/t", "k", "Events of StringEvent are live only"),
+    ],
+)
+async def test_a_post_with_a_key_that_is_not_valid_is_responded_with_400(
+    ada: AsyncClient, url: str, key: str, answer: str
+) -> None:
+    headers = {"Idempotency-Key": key, "X-Sender": "ada"}
+    response = await send(ada, url, "x", headers=headers)
+    assert response.status_code == 400
+    assert answer in response.content.decode()
+    assert response.content.count(b"\n") == 1
+    assert published() == []
+
+
+async def test_a_key_of_a_client_is_not_a_key_of_the_project(ada: AsyncClient) -> None:
+    """Neither prevents an event of the other."""
+    await post_with_key(ada, "client 1")
+    await apublish("t", "ping", "project 1", key="k")
+    await apublish("t", "ping", "project 2", key="k")
+    await apublish("t", "ping", "project 3", key="j")
+    await post_with_key(ada, "client 2", "j")
+    assert published() == ["client 1", "project 1", "project 3", "client 2"]
+
+
+async def test_the_keys_of_two_users_are_separate(settings) -> None:
+    """The policy identifies them. A user may have several addresses."""
+    settings.EVENTSOURCE_POLICY = f"{__name__}.ByHeader"
+    ids = [
+        await post_with_key(ClientAt(address), text, **{"X-Sender": user})
+        for text, user, address in [
+            ("ada", "ada", "10.0.0.1"),
+            ("bob", "bob", "10.0.0.1"),
+            ("ada again", "ada", "10.0.0.2"),
+        ]
+    ]
+    assert ids[0] == ids[2]
+    assert published() == ["ada", "bob"]
+
+
+@pytest.mark.parametrize("policy", ["ByHeader", "Nameless"])
+async def test_a_post_with_a_key_and_without_a_sender_is_responded_with_400(
+    client: AsyncClient, settings, policy: str
+) -> None:
+    """Clients behind one proxy could suppress each other's events. A policy may return no text."""
+    settings.EVENTSOURCE_POLICY = f"{__name__}.{policy}"
+    response = await send(client, "/events/ping/t", "x", headers={"Idempotency-Key": "k"})
+    assert response.status_code == 400
+    assert response.content.startswith(b"Idempotency-Key needs a user or a grant")
+    assert (await send(client, "/events/ping/t", "without a key")).status_code == 200
+    assert published() == ["without a key"]
+
+
+async def test_the_keys_of_two_grants_are_separate(client: AsyncClient, settings) -> None:
+    """Whether a grant is sent in the header or in the query does not matter, nor does the
+    address."""
+    del settings.EVENTSOURCE_POLICY
+    one, two = (make_grant("t", send=True, seconds=seconds) for seconds in (100, 200))
+    await post_with_key(client, "one", Authorization=f"Bearer {one}")
+    await post_with_key(client, "two", Authorization=f"Bearer {two}")
+    other = ClientAt("10.0.0.2")
+    await post_with_key(other, "again", Authorization=f"bearer  {one}")
+    await post_with_key(client, "again", url=f"/events/ping/t?grant={two}")
+    assert published() == ["one", "two"]
+
+
+async def test_a_grant_that_no_check_has_verified_is_not_a_sender(client: AsyncClient) -> None:
+    headers = {"Idempotency-Key": "k", "Authorization": "Bearer one"}
+    response = await send(client, "/events/ping/t", "x", headers=headers)
+    assert response.status_code == 400
+    assert published() == []
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_a_user_has_the_same_keys_with_a_grant_and_with_a_password(
+    client: AsyncClient, settings
+) -> None:
+    del settings.EVENTSOURCE_POLICY
+    user = await User.objects.acreate_superuser("ada", password="secret")
+    await client.aforce_login(user)
+    grant = make_grant("t", send=True)
+    basic = base64.b64encode(b"ada:secret").decode()
+    first = await post_with_key(client, "one", Authorization=f"Bearer {grant}")
+    assert await post_with_key(AsyncClient(), "two", Authorization=f"Basic {basic}") == first
+    assert published() == ["one"]
+
+
+async def test_a_post_with_a_key_is_responded_with_503_if_its_user_cannot_be_read(
+    client: AsyncClient, settings
+) -> None:
+    settings.EVENTSOURCE_POLICY = f"{__name__}.Unidentified"
+    response = await send(client, "/events/ping/t", "x", headers={"Idempotency-Key": "k"})
+    assert response.status_code == 503
+    assert b"may not have been published" in response.content
+    assert (await send(client, "/events/ping/t", "without a key")).status_code == 200
+    assert published() == ["without a key"]
 
 
 # Bad input
@@ -855,47 +1055,48 @@ async def test_a_published_event_reaches_a_listener(client: AsyncClient) -> None
         ("/events/ping/t", b"ab\xff", 400, "The body is not UTF-8: byte 0xff at 2."),
         ("/events/ping/", "x", 400, "The token is empty"),
         (f"/events/ping/{'x' * 256}", "x", 400, "256 characters long; at most 255"),
-        ("/events/ping/a%00b", "x", 400, "holds NUL"),
+        ("/events/ping/a%00b", "x", 400, "contains NUL"),
         ("/events/pong/t", "x", 404, "'pong': StringIdEvent allows ping, retry, close."),
         ("/live/retry/t", "5", 404, "StringEvent allows ping, close."),
-        ("/events/poll/t", "x", 405, "This URL answers GET, HEAD, OPTIONS."),
+        ("/events/poll/t", "x", 405, "This URL supports GET, HEAD, OPTIONS."),
         ("/events/ping/t", "x" * 1001, 413, "at most 1000 bytes"),
         ("/events/ping/t", "x" * 1000, 413, "has 1020 bytes as it is sent; at most 1000"),
         ("/events/ping/t", "\n" * 900, 413, "has 6320 bytes as it is sent; at most 1000"),
     ],
 )
-async def test_bad_posts(
+async def test_a_post_that_is_not_valid_is_refused_in_one_line(
     client: AsyncClient, settings, url: str, body: bytes | str, status: int, answer: str
 ) -> None:
-    """Each is answered with one clear line, and nothing is published."""
+    """No event is published."""
     settings.EVENTSOURCE_MAX_EVENT_BYTES = 1000
     response = await send(client, url, body)
     assert response.status_code == status
     assert answer in response.content.decode()
     assert response.content.count(b"\n") == 1
     assert response["Content-Type"] == "text/plain; charset=utf-8"
-    assert not get_history().heads(["t"])["t"].life
+    assert not get_history().heads(["t"])["t"].has_epoch
 
 
 @pytest.mark.parametrize(
     ("url", "status", "answer"),
     [
         ("/events/pong/t", 404, "'pong': StringIdEvent allows poll."),
-        ("/events/ping/t", 405, "This URL answers POST, OPTIONS."),
+        ("/events/ping/t", 405, "This URL supports POST, OPTIONS."),
         ("/events/poll/", 400, "The token is empty"),
         (f"/events/poll/{'x' * 256}", 400, "at most 255"),
         ("/never/poll/t", 401, "Authentication is required."),
     ],
 )
-async def test_bad_gets(client: AsyncClient, url: str, status: int, answer: str) -> None:
-    """The same for listening."""
+async def test_a_get_that_is_not_valid_is_refused_in_one_line(
+    client: AsyncClient, url: str, status: int, answer: str
+) -> None:
     response = await client.get(url)
     assert response.status_code == status
     assert answer in response.content.decode()
 
 
-async def test_token_that_is_no_utf8() -> None:
-    """Servers decode paths leniently; what they leave of bad bytes is refused."""
+async def test_a_token_that_was_not_utf8_is_responded_with_400() -> None:
+    """Servers replace bytes that are not UTF-8 with U+FFFD."""
     view = EventSourceView.as_view()
     request = AsyncRequestFactory().get("/")
     response = await view(request, action="poll", token="a\ufffdb")
@@ -903,40 +1104,38 @@ async def test_token_that_is_no_utf8() -> None:
 
 
 @pytest.mark.parametrize("method", ["put", "patch", "delete", "trace"])
-async def test_wrong_methods(client: AsyncClient, method: str) -> None:
-    """405 with Allow, which does not depend on the action."""
+async def test_other_methods_are_responded_with_405(client: AsyncClient, method: str) -> None:
+    """The Allow header does not depend on the action."""
     for action in ("ping", "poll", "unknown"):
         response = await getattr(client, method)(f"/events/{action}/t")
         assert (response.status_code, response["Allow"]) == (405, "GET, HEAD, POST, OPTIONS")
 
 
-async def test_options_opens_nothing(client: AsyncClient) -> None:
-    """OPTIONS names the methods of the view, whatever the action."""
+async def test_options_responds_with_the_methods_of_the_view(client: AsyncClient) -> None:
+    """The methods do not depend on the action."""
     for url in ("/events/poll/t", "/events/close/t", "/events/pong/t", "/both/talk/t"):
         response = await client.options(url)
         assert (response.status_code, response.content) == (200, b"")
         assert response["Allow"] == "GET, HEAD, POST, OPTIONS"
 
 
-async def test_an_action_may_be_for_both_methods(client: AsyncClient) -> None:
-    """The same URL listens and sends where the class says so."""
+async def test_one_action_can_listen_and_send(client: AsyncClient) -> None:
     assert await start(await client.get("/both/talk/t"))
     assert (await send(client, "/both/talk/t", "x")).status_code == 200
 
 
-async def test_a_body_that_middleware_consumed(settings) -> None:
-    """Nothing is published in its place."""
+async def test_a_body_that_middleware_has_read_raises_an_error(settings) -> None:
+    """No event is published."""
     request = AsyncRequestFactory().post("/", {"a": "1"})
     assert request.POST["a"] == "1"
     with pytest.raises(RawPostDataException):
         await EventSourceView.as_view()(request, action="ping", token="t")
-    assert not get_history().heads(["t"])["t"].life
+    assert not get_history().heads(["t"])["t"].has_epoch
 
 
-async def test_a_failing_layer_for_a_live_only_event(
+async def test_a_live_only_event_that_the_layer_lost_is_responded_with_503(
     client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sender is told that nobody got it."""
 
     async def fail(*args: Any) -> None:
         raise DeliveryFailed("down")
@@ -947,10 +1146,10 @@ async def test_a_failing_layer_for_a_live_only_event(
     assert b"was not sent" in response.content
 
 
-async def test_a_history_that_fails_for_a_sender(
+async def test_a_post_is_responded_with_503_if_the_history_fails(
     client: AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One line, and nothing that was not found out."""
+    """The response states that the event may not have been published."""
 
     async def fail(*args: Any) -> None:
         raise OperationalError("disk full")
@@ -962,8 +1161,8 @@ async def test_a_history_that_fails_for_a_sender(
     assert "disk full" in caplog.text
 
 
-async def test_a_value_error_of_the_event_class_is_shown(client: AsyncClient) -> None:
-    """What a class refuses is told in its own words."""
+async def test_a_value_error_of_the_event_class_is_the_response(client: AsyncClient) -> None:
+    """The status is 400."""
 
     class Picky(StringEvent):
         def set_value(self, value: Any) -> None:
@@ -979,15 +1178,14 @@ async def test_a_value_error_of_the_event_class_is_shown(client: AsyncClient) ->
 # WSGI
 
 
-def test_wsgi_is_told_clearly() -> None:
-    """Under WSGI a stream is a clear 500 page, not a hanging request."""
+def test_a_stream_through_wsgi_is_responded_with_500() -> None:
+    """The page names the servers that work."""
     response = Client(raise_request_exception=False).get("/events/poll/t")
     assert response.status_code == 500
     assert b"need an ASGI server" in response.content
 
 
-def test_wsgi_can_send() -> None:
-    """Publishing needs no stream."""
+def test_a_post_through_wsgi_publishes() -> None:
     response = Client().post("/events/ping/t", "x", content_type="text/plain")
     assert response.status_code == 200
     assert texts(get_history().read("t", int(response.json()["id"]) - 1).entries) == ["x"]
@@ -996,8 +1194,9 @@ def test_wsgi_can_send() -> None:
 # Permission
 
 
-async def test_closed_by_default(client: AsyncClient, settings) -> None:
-    """Without credentials nobody listens or sends."""
+async def test_a_request_without_credentials_is_refused_by_default(
+    client: AsyncClient, settings
+) -> None:
     del settings.EVENTSOURCE_POLICY
     for response in [
         await client.get("/events/poll/t"),
@@ -1009,8 +1208,7 @@ async def test_closed_by_default(client: AsyncClient, settings) -> None:
         assert not response.streaming
 
 
-async def test_a_grant_opens(client: AsyncClient, settings) -> None:
-    """A grant gives its right on its token, and no other."""
+async def test_a_grant_allows_its_right_on_its_token_only(client: AsyncClient, settings) -> None:
     del settings.EVENTSOURCE_POLICY
     listen = {"Authorization": f"Bearer {make_grant('t', listen=True)}"}
     assert await start(await client.get("/events/poll/t", headers=listen))
@@ -1028,17 +1226,15 @@ async def test_a_grant_opens(client: AsyncClient, settings) -> None:
         ("post", "/never/ping/t", 403, "Permission denied.\n"),
     ],
 )
-async def test_a_policys_reasons_are_told(
+async def test_the_reason_that_a_policy_raises_is_the_response(
     client: AsyncClient, method: str, url: str, status: int, answer: str
 ) -> None:
-    """What the policy raises is the answer."""
     response = await getattr(client, method)(url)
     assert (response.status_code, response.content.decode()) == (status, answer)
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_refused_user_gets_403() -> None:
-    """A policy's False is 403 for somebody who is logged in."""
+def test_false_is_responded_with_403_for_a_logged_in_user() -> None:
     user = User.objects.create_user("ada")
     client = AsyncClient()
     client.force_login(user)
@@ -1046,8 +1242,9 @@ def test_a_refused_user_gets_403() -> None:
     assert response.status_code == 403
 
 
-async def test_a_refused_request_without_users(settings, client: AsyncClient) -> None:
-    """Without AuthenticationMiddleware a refusal is 401."""
+async def test_false_is_responded_with_401_without_authentication_middleware(
+    settings, client: AsyncClient
+) -> None:
     settings.MIDDLEWARE = []
     assert (await client.get("/never/poll/t")).status_code == 401
 
@@ -1073,8 +1270,8 @@ def user_client() -> AsyncClient:
     ],
     ids=["text", "form", "multipart"],
 )
-def test_a_session_sends_whatever_its_type(settings, content_type: str, body: bytes) -> None:
-    """The CSRF check may parse the body; what is published is the body still."""
+def test_a_session_can_post_any_content_type(settings, content_type: str, body: bytes) -> None:
+    """The body is published unchanged although the CSRF check may parse it."""
     del settings.EVENTSOURCE_POLICY
     client = user_client()
     request = RequestFactory().get("/")
@@ -1097,8 +1294,8 @@ def test_a_session_sends_whatever_its_type(settings, content_type: str, body: by
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])
-def test_a_large_session_post_is_413(settings, content_type: str) -> None:
-    """Whatever Django's own limits say, ours is told as 413."""
+def test_a_large_post_of_a_session_is_responded_with_413(settings, content_type: str) -> None:
+    """Django's own limits do not change the status."""
     del settings.EVENTSOURCE_POLICY
     client = user_client()
     response = async_to_sync(client.post)(
@@ -1138,7 +1335,7 @@ EVERY_MIDDLEWARE = [
 
 
 def middleware_classes() -> set[str]:
-    """Every middleware class that Django's own modules define."""
+    """Return the names of all middleware classes that Django defines."""
     root = Path(django.__file__).parent
     found = set()
     for file in [*root.glob("middleware/*.py"), *root.glob("contrib/*/middleware.py")]:
@@ -1151,17 +1348,17 @@ def middleware_classes() -> set[str]:
     return found
 
 
-def test_the_list_of_middleware_is_whole() -> None:
-    """A middleware that Django adds is noticed."""
-    # CacheMiddleware is the two halves of it that are in the list.
+def test_the_list_of_middleware_is_complete() -> None:
+    """The test fails if a new version of Django adds a middleware."""
+    # CacheMiddleware combines two classes that are in the list.
     assert middleware_classes() - {"django.middleware.cache.CacheMiddleware"} == set(
         EVERY_MIDDLEWARE
     )
 
 
 @pytest.mark.django_db(transaction=True)
-async def test_every_middleware_in_djangos_box(settings) -> None:
-    """A stream passes them all as it is: not compressed, not cached, first bytes at once."""
+async def test_a_stream_passes_every_middleware_of_django(settings) -> None:
+    """It is not compressed or cached, and its first bytes are sent at once."""
     settings.MIDDLEWARE = EVERY_MIDDLEWARE
     (entry,) = add(get_history(), "a")
     response = await AsyncClient().get(
@@ -1174,8 +1371,8 @@ async def test_every_middleware_in_djangos_box(settings) -> None:
     assert await start(response) == f"id: {entry.seq}\n\n".encode()
 
 
-async def test_gzip_would_compress_other_streams(settings) -> None:
-    """The test above can fail: GZipMiddleware does compress what does not say no."""
+async def test_gzip_middleware_compresses_other_streams(settings) -> None:
+    """This shows that the test before it can fail."""
 
     async def body() -> Any:
         yield b"x" * 500
@@ -1192,7 +1389,7 @@ async def test_gzip_would_compress_other_streams(settings) -> None:
 
 
 def shouting(get_response: Any) -> Any:
-    """A middleware of the old kind: sync only, and it wraps the stream."""
+    """A synchronous middleware that wraps the stream."""
 
     async def louder(chunks: Any) -> Any:
         async for chunk in chunks:
@@ -1206,23 +1403,57 @@ def shouting(get_response: Any) -> Any:
     return middleware
 
 
-async def test_sync_middleware_that_wraps_the_stream(settings, client: AsyncClient) -> None:
-    """A wrapped stream still streams."""
+async def test_a_stream_that_synchronous_middleware_wraps_is_sent(
+    settings, client: AsyncClient
+) -> None:
     settings.MIDDLEWARE = [f"{__name__}.shouting"]
     add(get_history(), "a")
     body = await start(await client.get("/events/poll/t"))
     assert body.startswith(b"ID: ")
 
 
-@pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
-async def test_atomic_requests(settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ATOMIC_REQUESTS refuses async views; ours asks to be left out, on every database."""
+@pytest.mark.django_db(transaction=True, databases="__all__")
+async def test_the_view_works_with_atomic_requests(
+    settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Django refuses asynchronous views with ATOMIC_REQUESTS unless they are excluded."""
     for alias in connections:
         monkeypatch.setitem(connections[alias].settings_dict, "ATOMIC_REQUESTS", True)
         monkeypatch.setitem(connections.settings[alias], "ATOMIC_REQUESTS", True)
     assert await start(await AsyncClient().get("/events/poll/t"))
 
 
-def test_default_class_is_the_settings() -> None:
-    """A URL without a class of its own uses the setting's."""
+def test_the_default_event_class_is_the_one_of_the_setting() -> None:
     assert EventSourceView().get_event_class() is StringIdEvent
+
+
+class OwnIdEvent(StringEvent):
+    """Its id is its value."""
+
+    id = property(lambda self: self.value[0])
+
+
+@pytest.mark.parametrize("own_ids", [True, False])
+async def test_no_sender_can_move_a_client_with_the_id_of_an_event(own_ids: bool) -> None:
+    """The first block sets a cursor that is not looked up among the ids of events."""
+    (first,) = add(get_history(), "before")
+    event_class = OwnIdEvent if own_ids else StringIdEvent
+    view = EventSourceView.as_view(event_class=event_class)
+
+    async def events(cursor: str) -> Decoder:
+        request = AsyncRequestFactory().get("/poll/t", headers={"Last-Event-ID": cursor})
+        response = await view(request, action="poll", token="t")
+        stream, decoder = aiter(response), Decoder()
+        received.extend(event.data for event in decoder.feed(await anext(stream)))
+        if cursor:
+            received.extend(event.data for event in decoder.feed(await anext(stream)))
+        await stream.aclose()
+        return decoder
+
+    received: list[str] = []
+    opening = (await events("")).last_event_id
+    assert (opening == str(first.seq)) is not own_ids
+    for value in ("a", str(first.seq), "b"):
+        await apublish("t", "ping", value, event_class)
+    await events(opening)
+    assert received == ["a", str(first.seq), "b"]

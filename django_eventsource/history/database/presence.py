@@ -1,6 +1,4 @@
-"""Who listens, in the database: a lease for each process, a row for each of its tokens."""
-
-from __future__ import annotations
+"""The listeners of all processes: a lease for each process and a row for each of its tokens."""
 
 import datetime
 import json
@@ -12,25 +10,24 @@ from typing import Any
 from django.db.models import F, QuerySet
 from django.db.models.functions import Now
 
-from ..models import ProcessLease, TokenPresence
-from ..tokens import token_key
-from .transactions import delete, in_transaction
-
-BATCH = 500
+from ...models import ProcessLease, TokenPresence
+from ...protocol.tokens import token_key
+from ..outbox import BATCH
+from ..transaction_retries import delete, in_transaction
 
 
 class DatabaseNow(Now):
-    """The database's own clock: the one that all processes share."""
+    """The clock of the database, which all processes share."""
 
     def as_mysql(self, compiler: Any, connection: Any, **extra: Any) -> Any:
-        # Local time, which is Django's choice, would jump with daylight saving.
+        # Django uses local time here, which jumps when daylight saving time begins or ends.
         return self.as_sql(compiler, connection, template="UTC_TIMESTAMP(6)", **extra)
 
 
 class DatabasePresence:
-    """The leases and the listeners, in Django models.
+    """The leases and the listeners in one database.
 
-    :param using: the database's alias.
+    :param using: the alias of the database.
     """
 
     def __init__(self, using: str) -> None:
@@ -39,16 +36,16 @@ class DatabasePresence:
         self._tokens = TokenPresence.objects.using(using)
 
     def announce(self, process: str, changes: Mapping[str, Sequence[str]], seconds: float) -> bool:
-        """Renew a process's lease and write what changed; was the lease valid?"""
+        """Implement :meth:`History.announce`."""
         renewed = True
 
         def work() -> None:
             nonlocal renewed
             valid = self._renew(process, seconds)
-            # What one attempt found missing, the next one may find as that attempt left it.
+            # A repeated attempt may find the lease that the first attempt has written.
             renewed = renewed and valid
             if changes or not valid:
-                self._write(process, changes, afresh=not valid)
+                self._write(process, changes, replace=not valid)
 
         in_transaction(self._using, work)
         return renewed
@@ -63,52 +60,49 @@ class DatabasePresence:
             self._leases.bulk_create([row])
         return False
 
-    def _write(self, process: str, changes: Mapping[str, Sequence[str]], *, afresh: bool) -> None:
+    def _write(self, process: str, changes: Mapping[str, Sequence[str]], *, replace: bool) -> None:
         lease_id = self._leases.values_list("pk", flat=True).get(key=token_key(process))
         mine = self._tokens.filter(lease=lease_id)
-        if afresh:
+        if replace:
             delete(mine)
-        rows = [_row(lease_id, token, identities) for token, identities in changes.items()]
+        rows = [
+            TokenPresence(
+                lease_id=lease_id,
+                key=token_key(token),
+                token=token,
+                listeners=len(identities),
+                identities=json.dumps(Counter(identities)),
+            )
+            for token, identities in changes.items()
+        ]
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
-            if not afresh:
+            if not replace:
                 delete(mine.filter(key__in=[row.key for row in batch]))
             self._tokens.bulk_create([row for row in batch if row.listeners])
 
-    def present(self, token: str, elsewhere: str | None) -> list[str]:
-        """Give the identities of a token's listeners in other processes with a valid lease."""
+    def present(self, token: str, exclude_process: str | None) -> list[str]:
+        """Implement :meth:`History.present`."""
         rows = self._tokens.filter(key=token_key(token), lease__until__gt=DatabaseNow())
-        if elsewhere is not None:
-            rows = rows.exclude(lease__key=token_key(elsewhere))
+        if exclude_process is not None:
+            rows = rows.exclude(lease__key=token_key(exclude_process))
         counts = [json.loads(text) for text in rows.values_list("identities", flat=True)]
         return [identity for count in counts for identity in Counter(count).elements()]
 
     def withdraw(self, process: str) -> None:
-        """End a process's lease."""
-        for pk in self._leases.filter(key=token_key(process)).values_list("pk", flat=True):
-            self._drop(self._leases.filter(pk=pk), pk)
+        """Implement :meth:`History.withdraw`."""
+        self._drop_all(self._leases.filter(key=token_key(process)))
 
     def prune(self) -> None:
-        """Remove what expired leases left."""
-        expired = self._leases.filter(until__lte=DatabaseNow())
-        for pk in expired.values_list("pk", flat=True):
-            self._drop(expired.filter(pk=pk), pk)
+        """Remove expired leases and their listeners."""
+        self._drop_all(self._leases.filter(until__lte=DatabaseNow()))
+
+    def _drop_all(self, leases: QuerySet[ProcessLease]) -> None:
+        for pk in leases.values_list("pk", flat=True):
+            in_transaction(self._using, partial(self._drop, leases.filter(pk=pk), pk))
 
     def _drop(self, lease: QuerySet[ProcessLease], pk: int) -> None:
-        in_transaction(self._using, partial(self._drop_one, lease, pk))
-
-    def _drop_one(self, lease: QuerySet[ProcessLease], pk: int) -> None:
-        # Locks the row: a process that renews its lease was here before, or finds none.
+        # The update locks the row. A process has renewed its lease before, or finds no row.
         if lease.update(until=F("until")):
             delete(self._tokens.filter(lease=pk))
             delete(self._leases.filter(pk=pk))
-
-
-def _row(lease_id: int, token: str, identities: Sequence[str]) -> TokenPresence:
-    return TokenPresence(
-        lease_id=lease_id,
-        key=token_key(token),
-        token=token,
-        listeners=len(identities),
-        identities=json.dumps(Counter(identities)),
-    )

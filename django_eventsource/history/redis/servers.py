@@ -1,26 +1,28 @@
-"""The Redis servers of a history: their addresses, connections, and when to try again."""
-
-from __future__ import annotations
+"""The Redis servers of a history: addresses, connections and repeated attempts."""
 
 import binascii
 import importlib
-import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.crypto import salted_hmac
 
-from .redis_scripts import Script
+from ..._timing import Backoff, spread
+from .scripts import Script
 
 T = TypeVar("T")
 
-IMPATIENT_SECONDS = 1.0
-LOOK_AGAIN_SECONDS = 1.0
-"""How soon one caller tries a server again that was found away."""
+SHORT_TIMEOUT_SECONDS = 1.0
+"""Seconds for which a call that its caller repeats anyway is repeated here."""
+PROBE_SECONDS = 1.0
+"""Seconds after a failed call in which other calls fail at once. Then one call is tried."""
+RETRY_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
+"""Seconds between attempts, at most."""
 
 SETTING = "EVENTSOURCE_HISTORY HOSTS"
 HOST_FORMS = (
@@ -28,125 +30,134 @@ HOST_FORMS = (
     '"address" or with keyword arguments of redis.Redis, and with "cluster": True where the '
     "server is a node of a cluster"
 )
-PASSING = re.compile(
+TRANSIENT = re.compile(
     r"^(BUSY|MISCONF|NOREPLICAS) "
-    # Versions before 7 report it from inside of a script as an error of the script.
+    # Versions before 7 report a lack of memory inside of a script as an error of the script.
     "|command not allowed when used memory"
 )
-"""Error replies after which the same call may succeed later, besides those with a class."""
+"""Error replies after which the same call may succeed later. Others have an exception class."""
 OTHER_PROJECT = (
     "If another project uses this server, set PREFIX in the OPTIONS of EVENTSOURCE_HISTORY to a "
     "text that only this project uses. If this project's SECRET_KEY was changed, add the old one "
     "to SECRET_KEY_FALLBACKS. If no project uses the keys with this prefix any more, delete that "
     "key."
 )
-WAYS_OUT = {
-    "OutOfMemoryError": "Give it more memory (maxmemory), or keep less: MAX_EVENTS, MAX_AGE.",
-    "MISCONF": "It cannot write its data to disk: look at its log and at the disk.",
-    "NoPermissionError": "Its user may not run this command: allow it (ACL SETUSER).",
-    "ReadOnlyError": "It is a replica: HOSTS must name the primary.",
+ERROR_HINTS = {
+    "OutOfMemoryError": "Raise its memory limit (maxmemory), or lower MAX_EVENTS or MAX_AGE.",
+    "MISCONF": "It cannot write its data to disk. Check its log and the disk.",
+    "NoPermissionError": "Its user may not run this command. Allow the command (ACL SETUSER).",
+    "ReadOnlyError": "It is a replica. HOSTS must name the primary.",
 }
-"""What to do about errors: by their class, or by how they begin."""
+"""What to do about an error, by its class or by the first word of its text."""
 
 
 class Host:
-    """One server: runs work on it, again while it cannot be reached.
+    """One server, or one cluster.
 
+    :param redis: the package.
+    :param name: the address without a password, for messages.
+    :param connect: returns the client of redis-py. It is called for the first command.
+    :param timeout: seconds after which a failing call is not repeated any more.
     :param marker: the key that contains the fingerprint of the project that uses the prefix. It is
-        compared once, before the first work.
+        compared once, before the first command.
+    :param is_cluster: whether it is a cluster, as far as the settings show.
     """
 
     def __init__(
         self,
         redis: Any,
         name: str,
-        client: Any,
+        connect: Callable[[], Any],
         timeout: float,
         marker: str,
-        connect: Callable[[], Any] | None = None,
+        *,
+        is_cluster: bool = False,
     ) -> None:
         self.name = name
-        """The address, without any password."""
-        self._client = client
+        self.is_cluster = is_cluster
+        """Whether a script can use the keys of one token only."""
         self._connect = connect
         self._timeout = timeout
         self._marker = marker
         self._is_ours = False
         self._failure: Exception | None = None
-        self._look_again_at = 0.0
-        errors = redis.exceptions
-        self._no_script = errors.NoScriptError
-        self._read_only = errors.ReadOnlyError
+        self._probe_at = 0.0
+        self._errors = errors = redis.exceptions
         self._refused = (errors.AuthenticationError, errors.AuthorizationError)
-        self._errors = errors.RedisError
-        self._cluster_error = errors.RedisClusterException
-        self._away = (errors.ConnectionError, errors.TimeoutError)
-        self._passing = (
-            errors.ConnectionError,
-            errors.TimeoutError,
+        self._unreachable = (errors.ConnectionError, errors.TimeoutError)
+        self._transient = (
+            *self._unreachable,
             errors.ReadOnlyError,
             errors.ClusterDownError,
             errors.MasterDownError,
             errors.TryAgainError,
         )
 
-    @property
+    @cached_property
     def client(self) -> Any:
         """The client of redis-py."""
-        if self._client is None and self._connect is not None:
-            self._client = self._connect()
-        return self._client
+        return self._connect()
 
-    @client.setter
-    def client(self, client: Any) -> None:
-        self._client = client
+    @property
+    def is_unreachable(self) -> bool:
+        """Whether the last call did not reach the server."""
+        return self._failure is not None
 
-    def again(self, work: Callable[[float | None], T], *, patient: bool = False) -> T:
-        """Run work until it succeeds, fails for good, or the time is up.
+    def retry(
+        self,
+        work: Callable[[float | None], T],
+        *,
+        patient: bool = False,
+        seconds: float = SHORT_TIMEOUT_SECONDS,
+    ) -> T:
+        """Run work until it succeeds, fails permanently, or the time-out has passed.
 
-        :param work: is given the seconds since the first attempt began; ``None`` if it
-            is the first.
-        :param patient: try for the whole time-out. What is not patient is for somebody who
-            asks again anyway: it tries for a moment, and not at all on a server that was
-            found away just now, so that a thousand do not wait one after the other.
+        :param work: the work. It receives the time at which the first attempt began
+            (``time.monotonic()``), or ``None`` in the first attempt.
+        :param patient: whether to try for the whole time-out. Otherwise the caller itself repeats
+            the call. It is then not tried at all if another call has just failed, so that many
+            calls do not wait one after the other.
+        :param seconds: seconds after which a call that is not patient is not repeated any more.
+        :returns: what the work returns.
+        :raises redis.exceptions.RedisError: if the work failed.
         """
         if not patient:
-            self._give_up_early()
-        patience = self._timeout if patient else min(self._timeout, IMPATIENT_SECONDS)
+            self._raise_if_unreachable()
+        patience = self._timeout if patient else min(self._timeout, seconds)
         began = time.monotonic()
-        elapsed: float | None = None
-        pause = 0.01
+        is_first = True
+        backoff = Backoff(RETRY_SECONDS)
         while True:
             try:
-                result = self._attempt(work, elapsed)
-            except self._errors as error:
+                result = self._attempt(work, None if is_first else began)
+            except self._errors.RedisError as error:
                 elapsed = time.monotonic() - began
-                # A server that answers, whatever it says, is not away.
-                away = isinstance(error, self._away) and not isinstance(error, self._refused)
-                self._failure = error if away else None
-                self._look_again_at = time.monotonic() + LOOK_AGAIN_SECONDS
-                if not self._passes(error) or elapsed >= patience:
-                    self._explain(error, elapsed)
+                # A server that responds, even with an error, can be reached.
+                refused = isinstance(error, self._refused)
+                unreachable = isinstance(error, self._unreachable) and not refused
+                self._failure = error if unreachable else None
+                self._probe_at = time.monotonic() + PROBE_SECONDS
+                if not self.is_transient(error) or elapsed >= patience:
+                    self._add_note(error, elapsed)
                     raise
-                if isinstance(error, self._read_only):
-                    # Its name may lead to another server by now.
+                if isinstance(error, self._errors.ReadOnlyError):
+                    # After a failover its name may resolve to another server.
                     self.client.close()
             else:
                 self._failure = None
                 return result
-            # Those who retried in step would collide again.
-            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311
-            pause = min(pause * 2, 1.0)
-            elapsed = time.monotonic() - began
+            seconds = backoff.next()
+            time.sleep(spread(seconds / 2, seconds))
+            is_first = False
 
-    def _attempt(self, work: Callable[[float | None], T], elapsed: float | None) -> T:
+    def _attempt(self, work: Callable[[float | None], T], began: float | None) -> T:
         try:
             if not self._is_ours:
                 self._check_marker()
-            return work(elapsed)
-        except self._cluster_error as error:
-            # It is no RedisError, and it passes.
-            raise self._away[0](str(error)) from error
+            return work(began)
+        except self._errors.RedisClusterException as error:
+            # It is not a subclass of RedisError.
+            raise self._errors.ConnectionError(str(error)) from error
 
     def _check_marker(self) -> None:
         """Check that no other project uses the prefix on this server.
@@ -168,60 +179,94 @@ class Host:
             self.client.set(self._marker, own)
         self._is_ours = True
 
-    def _give_up_early(self) -> None:
-        """Fail at once where the server was away a moment ago; now and then let one try."""
+    def _raise_if_unreachable(self) -> None:
+        """Raise the last failure again, unless it is time for one call to probe the server."""
         failure, now = self._failure, time.monotonic()
         if failure is None:
             return
-        if now < self._look_again_at:
-            raise self._away[0](f"{failure} (a moment ago)")
-        self._look_again_at = now + self._timeout
+        if now < self._probe_at:
+            raise self._errors.ConnectionError(f"{failure} (in an earlier call)")
+        self._probe_at = now + self._timeout
 
-    def _passes(self, error: Exception) -> bool:
+    def is_transient(self, error: Exception) -> bool:
+        """Return whether the same call may succeed later."""
         if isinstance(error, self._refused):
             return False
-        return isinstance(error, self._passing) or PASSING.search(str(error)) is not None
+        return isinstance(error, self._transient) or TRANSIENT.search(str(error)) is not None
 
-    def _explain(self, error: Exception, elapsed: float) -> None:
+    def _add_note(self, error: Exception, elapsed: float) -> None:
         names = (type(error).__name__, str(error).partition(" ")[0])
-        way_out = next((WAYS_OUT[name] for name in names if name in WAYS_OUT), "")
-        tried = f"tried for {elapsed:.1f} s. " if self._passes(error) else ""
-        error.add_note(f"Redis server of the history: {self.name}. {tried}{way_out}".rstrip())
+        hint = next((ERROR_HINTS[name] for name in names if name in ERROR_HINTS), "")
+        tried = f"Tried for {elapsed:.1f} s. " if self.is_transient(error) else ""
+        error.add_note(f"Redis server of the history: {self.name}. {tried}{hint}".rstrip())
 
     def run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script that may run twice."""
-        return self.again(lambda _: self.run_once(script, keys, args))
+        return self.retry(lambda _: self.run_once(script, keys, args))
 
     def run_once(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Run a script, also on a server that does not know it (any more)."""
+        """Run a script once, also if the server has not cached it."""
         try:
             return self.client.evalsha(script.sha, len(keys), *keys, *args)
-        except self._no_script:
+        except self._errors.NoScriptError:
             return self.client.eval(script.source, len(keys), *keys, *args)
+
+    def run_with_log(
+        self, script: Script, keys: Sequence[str], log: str, args: Sequence[Any]
+    ) -> Any:
+        """Run a script once with the keys of a token, and the log of changes if that is possible.
+
+        :param log: the key of the log. In a cluster, it is not on the node of the other keys.
+        """
+        if not self.is_cluster:
+            try:
+                return self.run_once(script, [*keys, log], args)
+            except self._errors.ClusterCrossSlotError:
+                # A node of a cluster, or a proxy, at an address without "cluster".
+                self.is_cluster = True
+        return self.run_once(script, keys, args)
+
+    def executors(self) -> list[Callable[..., Any]]:
+        """Return a function for each server, or for each primary of a cluster.
+
+        The function executes a command that may run twice, and returns its result.
+        """
+
+        def execute(*command: Any, **options: Any) -> Any:
+            return self.retry(lambda _: self.client.execute_command(*command, **options))
+
+        client = self.retry(lambda _: self.client)
+        if not hasattr(client, "get_primaries"):
+            return [execute]
+        return [partial(execute, target_nodes=node) for node in client.get_primaries()]
 
     def pipe(
         self,
         commands: Sequence[Sequence[Any]],
-        first: tuple[Script, str, Sequence[Any]] | None = None,
+        first: tuple[Script, Sequence[str], Sequence[Any]] | None = None,
     ) -> list[Any]:
-        """Run commands, after a script on one key if one is given, in one round trip.
+        """Run commands that may run twice, in one round trip.
 
-        All of them may run twice.
+        :param commands: the commands with their arguments.
+        :param first: a script with its keys and arguments to run before the commands, or ``None``.
+        :returns: the results, that of the script first.
         """
-        return self.again(lambda _: self._pipe(commands, first))
+        return self.retry(lambda _: self._pipe(commands, first))
 
     def _pipe(
-        self, commands: Sequence[Sequence[Any]], first: tuple[Script, str, Sequence[Any]] | None
+        self,
+        commands: Sequence[Sequence[Any]],
+        first: tuple[Script, Sequence[str], Sequence[Any]] | None,
     ) -> list[Any]:
         pipeline = self.client.pipeline(transaction=False)
         if first is not None:
-            script, key, args = first
-            pipeline.execute_command("EVALSHA", script.sha, 1, key, *args)
+            script, keys, args = first
+            pipeline.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
         for command in commands:
             pipeline.execute_command(*command)
         results: list[Any] = pipeline.execute(raise_on_error=False)
-        if first is not None and isinstance(results[0], self._no_script):
-            results[0] = self.run_once(script, [key], args)
+        if first is not None and isinstance(results[0], self._errors.NoScriptError):
+            results[0] = self.run_once(*first)
         for result in results:
             if isinstance(result, Exception):
                 raise result
@@ -229,16 +274,18 @@ class Host:
 
 
 def fingerprint(secret_key: str | bytes) -> bytes:
-    """Return what identifies a project by its SECRET_KEY, without revealing it."""
+    """Return a text that identifies a project by its SECRET_KEY without revealing the key."""
     salt = "django_eventsource.history.redis"
     return salted_hmac(salt, "project", secret_key, algorithm="sha256").hexdigest().encode()
 
 
 class Hosts:
-    """The servers, and which of them holds what.
+    """The servers of a history.
 
-    :param prefix: what all keys begin with.
-    :raises ImproperlyConfigured: when redis-py is missing or an address is wrong.
+    :param hosts: the option ``HOSTS``.
+    :param timeout: seconds after which a failing call is not repeated any more.
+    :param prefix: the text with which all keys begin.
+    :raises ImproperlyConfigured: if redis-py is not installed or an address is not acceptable.
     """
 
     def __init__(self, hosts: Any, timeout: float, prefix: str) -> None:
@@ -254,12 +301,12 @@ class Hosts:
                 f"{SETTING} must be a list of {HOST_FORMS}; not {_shown(hosts)}."
             )
         self.error: type[Exception] = redis.exceptions.RedisError
-        """What all failures of the servers are."""
+        """The base class of the exceptions that the servers raise."""
         marker = f"{prefix}:project"
         self.all = [_make_host(redis, host, timeout, marker) for host in hosts]
 
     def of(self, key: str) -> Host:
-        """Give the server that holds a key: the same in every process."""
+        """Return the server that stores a token's key. It is the same in every process."""
         crc = binascii.crc32(key.encode()) & 0xFFF
         return self.all[crc * len(self.all) // 4096]
 
@@ -273,19 +320,19 @@ def _make_host(redis: Any, host: Any, timeout: float, marker: str) -> Host:
     except (TypeError, ValueError, AttributeError) as error:
         raise _not_acceptable(host, error) from error
     pool = client.connection_pool
-    # redis-py must not try again by itself: an append that timed out may have run. And
-    # events are bytes.
+    # redis-py must not repeat a call itself, because an append that timed out may have run. It
+    # must not decode responses either, because events are bytes.
     no_retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
     client.set_retry(no_retry)
     pool.connection_kwargs.update(decode_responses=False, retry_on_timeout=False)
     known = {**pool.connection_kwargs, **kwargs}
-    name = known.get("path") or known.get("master_name")
-    name = name or f"{known.get('host', 'localhost')}:{known.get('port', 6379)}"
-    return Host(redis, str(name), client, timeout, marker)
+    address = f"{known.get('host', 'localhost')}:{known.get('port', 6379)}"
+    name = known.get("path") or known.get("master_name") or address
+    return Host(redis, str(name), lambda: client, timeout, marker)
 
 
 def _make_cluster(redis: Any, kwargs: dict[str, Any], timeout: float, marker: str) -> Host:
-    """Make the client of a cluster when it is first needed: making it asks the cluster."""
+    # The client is made for the first command, because redis-py then connects to the cluster.
     host = dict(kwargs)
     address = kwargs.pop("address", None)
     options: dict[str, Any] = {
@@ -308,17 +355,18 @@ def _make_cluster(redis: Any, kwargs: dict[str, Any], timeout: float, marker: st
             raise
 
     name = str(address or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}")
-    return Host(redis, re.sub(r"//[^@]*@", "//", name), None, timeout, marker, connect)
+    name = re.sub(r"//[^@]*@", "//", name)
+    return Host(redis, name, connect, timeout, marker, is_cluster=True)
 
 
 def _timeouts(timeout: float) -> dict[str, float]:
-    """Let a call fail and be tried again before its time is up."""
+    # A third of the time-out, so that a call to a silent server is repeated within it.
     return {"socket_timeout": timeout / 3, "socket_connect_timeout": timeout / 3}
 
 
 def _not_acceptable(host: Any, why: Exception | None = None) -> ImproperlyConfigured:
-    said = f": {why}" if why else ""
-    return ImproperlyConfigured(f"{SETTING} must be {HOST_FORMS}; not {_shown(host)}{said}.")
+    reason = f": {why}" if why else ""
+    return ImproperlyConfigured(f"{SETTING} must be {HOST_FORMS}; not {_shown(host)}{reason}.")
 
 
 def _keyword_arguments(host: Any) -> dict[str, Any]:
@@ -347,6 +395,6 @@ def _make_client(redis: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """Show addresses without their passwords."""
+    """Return the text of addresses without their passwords."""
     text = re.sub(r"//[^'@]*@", "//", repr(value))
     return re.sub(r"(password'): '[^']*'", r"\1: '...'", text)

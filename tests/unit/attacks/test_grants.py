@@ -1,9 +1,10 @@
-"""What the holder of a grant may not do with it."""
+"""Tests of attacks by the holder of a grant."""
 
 from __future__ import annotations
 
 from html import unescape
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from django.contrib.auth.models import User
@@ -16,11 +17,13 @@ from django.urls import include, path
 
 from django_eventsource import apublish
 from django_eventsource.events import StringIdEvent
-from django_eventsource.grants import make_grant
+from django_eventsource.grants import hash_session_key, make_grant, read_grant
 from django_eventsource.history import get_history
-from django_eventsource.listeners import registry
-from django_eventsource.streams import Reason
-from tests.histories import texts
+from django_eventsource.signals import Reason
+from django_eventsource.streaming.registry import registry
+from django_eventsource.testing import listen
+from tests.support.events import texts
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("memory_history")
 
@@ -71,7 +74,7 @@ async def post(url: str, body: str = "5000", client: AsyncClient | None = None) 
 
 @pytest.mark.parametrize("action", ["close", "retry"])
 async def test_a_grant_to_ping_does_not_close_or_set_the_retry(action: str) -> None:
-    """The URL of the template tag is for its action only."""
+    """The URL of the template tag is valid for its action only."""
     client = AsyncClient()
     url = unescape((await client.get("/page/")).content.decode()).split()[1]
     assert (await post(url)).status_code == 200
@@ -92,8 +95,8 @@ async def test_a_grant_to_ping_does_not_close_or_set_the_retry(action: str) -> N
     ],
     ids=str,
 )
-async def test_actions_of_a_grant(actions: Any, allowed: list[str]) -> None:
-    """It covers those that it names; without names all but the class's FINISH and RETRY."""
+async def test_a_grant_allows_the_actions_that_it_names(actions: Any, allowed: list[str]) -> None:
+    """Without names it allows all except the LISTEN, FINISH and RETRY of the class."""
     grant = make_grant("t", send=True, actions=actions)
     statuses = {
         action: (await post(f"/events/{action}/t?grant={grant}")).status_code
@@ -104,11 +107,11 @@ async def test_actions_of_a_grant(actions: Any, allowed: list[str]) -> None:
     }
 
 
-async def test_a_grant_that_names_no_actions_is_told_so() -> None:
-    """The answer to a close says what the grant lacks."""
+async def test_the_refusal_of_a_close_states_that_the_grant_must_name_it() -> None:
     response = await post(f"/events/close/t?grant={make_grant('t', send=True)}")
     assert response.content == (
-        b"The grant does not name the action 'close', and only then allows it.\n"
+        b"The grant does not name the action 'close'. To allow it, make a grant that names it: "
+        b"make_grant(..., actions=['close']) or create_grant --action.\n"
     )
 
 
@@ -116,8 +119,7 @@ async def test_a_grant_that_names_no_actions_is_told_so() -> None:
     ("milliseconds", "status"),
     [("0", 400), ("99", 400), ("100", 200), ("3600000", 200), ("3600001", 400), ("9" * 15, 400)],
 )
-async def test_a_posted_retry_is_bounded(milliseconds: str, status: int) -> None:
-    """A sender can neither make all listeners hammer the server nor stay away."""
+async def test_a_posted_retry_must_be_in_the_range(milliseconds: str, status: int) -> None:
     grant = make_grant("t", actions=["retry"])
     response = await post(f"/events/retry/t?grant={grant}", milliseconds)
     assert response.status_code == status
@@ -128,7 +130,7 @@ async def test_a_posted_retry_is_bounded(milliseconds: str, status: int) -> None
         )
 
 
-async def test_the_bounds_of_a_posted_retry_are_a_setting(settings: Any) -> None:
+async def test_the_range_of_a_posted_retry_is_a_setting(settings: Any) -> None:
     settings.EVENTSOURCE_RETRY_RANGE_MS = (5, 6)
     grant = make_grant("t", actions=["retry"])
     found = [
@@ -138,13 +140,13 @@ async def test_the_bounds_of_a_posted_retry_are_a_setting(settings: Any) -> None
     assert found == [400, 200, 200, 400]
 
 
-async def test_no_token_of_a_posts_query_is_ignored() -> None:
-    """A POST that names further tokens is refused, and publishes nothing."""
+async def test_a_post_with_several_tokens_is_refused() -> None:
+    """No event is published."""
     grant = make_grant(["a", "b"], send=True)
     response = await post(f"/events/ping/a?token=b&grant={grant}")
     assert response.status_code == 400
     assert b"?token= is for GET" in response.content
-    assert not get_history().heads(["a"])["a"].life
+    assert not get_history().heads(["a"])["a"].has_epoch
     assert (await post(f"/events/ping/a?token=a&grant={grant}")).status_code == 200
 
 
@@ -160,14 +162,14 @@ async def logged_in(name: str = "ada") -> tuple[AsyncClient, list[str]]:
 
 
 async def statuses(client: AsyncClient, urls: list[str]) -> list[int]:
-    """Return how a HEAD of the first URL and a POST to the second are answered."""
-    listen, ping = urls
-    return [(await client.head(listen)).status_code, (await post(ping, "x", client)).status_code]
+    """Return the statuses of a HEAD of the first URL and a POST to the second one."""
+    poll, ping = urls
+    return [(await client.head(poll)).status_code, (await post(ping, "x", client)).status_code]
 
 
 @with_users
-async def test_a_page_loses_its_grant_at_the_logout() -> None:
-    """Also for a client that has kept the session's cookie."""
+async def test_a_grant_of_a_session_is_refused_after_the_logout() -> None:
+    """This holds also for a client that has kept the cookie."""
     client, urls = await logged_in()
     assert await statuses(client, urls) == [200, 200]
     cookie = client.cookies["sessionid"].value
@@ -182,8 +184,8 @@ async def test_a_page_loses_its_grant_at_the_logout() -> None:
 
 
 @with_users
-async def test_a_copied_grant_of_a_session_is_worthless() -> None:
-    """Whether the thief has no session or one of another user."""
+async def test_a_grant_of_another_session_is_refused() -> None:
+    """The client has no session, or a session of another user."""
     _, urls = await logged_in("ada")
     other, _ = await logged_in("bob")
     assert await statuses(AsyncClient(), urls) == [401, 401]
@@ -191,8 +193,8 @@ async def test_a_copied_grant_of_a_session_is_worthless() -> None:
 
 
 @with_users
-async def test_a_grant_ends_when_the_key_of_its_session_rotates() -> None:
-    """As at a change of the password, which keeps the user logged in."""
+async def test_a_grant_is_refused_after_the_key_of_its_session_rotates() -> None:
+    """A change of the password rotates the key."""
     client, urls = await logged_in()
     session = await client.asession()
     await session.acycle_key()
@@ -203,42 +205,52 @@ async def test_a_grant_ends_when_the_key_of_its_session_rotates() -> None:
 
 
 @with_users
-async def test_a_grant_ends_with_its_user() -> None:
-    """A session of a user who was deactivated opens nothing."""
+async def test_the_grants_of_a_page_contain_the_id_of_its_user() -> None:
+    client, urls = await logged_in()
+    user = await User.objects.aget()
+    grants = [read_grant(parse_qs(urlsplit(url).query)["grant"][0]) for url in urls]
+    session = await client.asession()
+    assert [grant.user for grant in grants] == [str(user.pk)] * len(urls)
+    assert {grant.session for grant in grants} == {hash_session_key(session.session_key)}
+
+
+@with_users
+async def test_a_grant_is_refused_after_its_user_is_deactivated() -> None:
     client, urls = await logged_in()
     await User.objects.aupdate(is_active=False)
     assert await statuses(client, urls) == [401, 401]
 
 
 @with_users
-async def test_an_open_stream_ends_with_the_session_of_its_grant() -> None:
-    """At the next recheck, where the session was deleted without a logout."""
+async def test_an_open_stream_ends_after_its_session_is_deleted() -> None:
+    """It ends at the next recheck."""
     client, urls = await logged_in()
     response = await client.get(urls[0])
     assert response.status_code == 200
-    ((stream, listener),) = [one for one in registry.streams() if one[1].tokens == ("t",)]
-    assert listener.recheck is not None
-    assert await listener.recheck()
+    (stream,) = [one for one in registry.streams() if one.listener.tokens == ("t",)]
+    assert stream.recheck is not None
+    assert await stream.recheck()
     await Session.objects.all().adelete()
-    assert not await listener.recheck()
-    stream.abort(Reason.CLOSED)
+    assert not await stream.recheck()
+    stream.abort(Reason.CLOSE_REQUESTED)
 
 
 @with_users
 async def test_an_open_stream_ends_at_the_logout() -> None:
-    """At once: the stream belongs to the session that the grant is bound to."""
+    """It does not wait for the recheck."""
     client, urls = await logged_in()
-    stream = aiter(await client.get(urls[0]))
-    await anext(stream)
-    await client.alogout()
-    rest = b"".join([chunk async for chunk in stream])
-    assert b"\nretry: " in rest
+    async with listen("t", url=urls[0], client=client) as stream:
+        await client.alogout()
+        await until(lambda: not stream.is_open)
+        assert b"\nretry: " in stream.body
 
 
 @with_users
 @pytest.mark.parametrize("how", ["anonymous", "unbound", "signed_cookies"])
-async def test_a_grant_that_is_not_bound(settings: Any, how: str) -> None:
-    """Of an anonymous page, with bind=False, and where the cookie is the session."""
+async def test_a_grant_is_not_bound_without_a_session_on_the_server(
+    settings: Any, how: str
+) -> None:
+    """An anonymous page, bind=False, and signed_cookies sessions."""
     client = AsyncClient()
     if how == "signed_cookies":
         settings.SESSION_ENGINE = "django.contrib.sessions.backends.signed_cookies"
@@ -250,8 +262,8 @@ async def test_a_grant_that_is_not_bound(settings: Any, how: str) -> None:
 
 
 @with_users
-async def test_an_anonymous_session_does_not_bind() -> None:
-    """Its key rotates at the login, and the page that was open before would stop."""
+async def test_an_anonymous_session_does_not_bind_a_grant() -> None:
+    """Its key rotates at the login."""
     client = AsyncClient()
     session = await client.asession()
     await session.aset("basket", 1)
@@ -262,8 +274,8 @@ async def test_an_anonymous_session_does_not_bind() -> None:
 
 
 @with_users
-async def test_an_asynchronous_view_reads_the_session_first() -> None:
-    """The tag cannot, and its error says how."""
+async def test_the_tag_raises_an_error_if_an_asynchronous_view_has_not_read_the_session() -> None:
+    """The error contains the solution."""
     user = await User.objects.acreate_user("ada")
     client = AsyncClient()
     await client.aforce_login(user)
@@ -275,8 +287,7 @@ async def test_an_asynchronous_view_reads_the_session_first() -> None:
         await client.get("/async-page/")
 
 
-async def test_a_bound_grant_without_session_middleware(settings: Any) -> None:
-    """A process that has no sessions cannot check it, and refuses it."""
+async def test_a_bound_grant_is_refused_without_session_middleware(settings: Any) -> None:
     settings.MIDDLEWARE = []
     grant = make_grant("t", listen=True, session_key="a-session-key")
     assert (await AsyncClient().head(f"/events/poll/t?grant={grant}")).status_code == 401
@@ -287,7 +298,7 @@ async def test_a_bound_grant_without_session_middleware(settings: Any) -> None:
 
 @with_users
 async def test_a_grant_of_a_user_is_valid_for_that_user_only(settings: Any) -> None:
-    """Who must be logged in, by session or by HTTP Basic."""
+    """The user logs in by session or by HTTP Basic."""
     client, _ = await logged_in("ada")
     other, _ = await logged_in("bob")
     ada = await User.objects.aget(username="ada")
@@ -301,7 +312,7 @@ async def test_a_grant_of_a_user_is_valid_for_that_user_only(settings: Any) -> N
     assert response.content == b"The grant is bound to a user who is not logged in here.\n"
 
 
-async def test_publish_in_code_is_not_bounded() -> None:
-    """The range of a retry is for what is posted."""
+async def test_publish_accepts_a_retry_outside_of_the_range() -> None:
+    """The range applies to posted events."""
     event = await apublish("t", "retry", "1")
     assert texts(get_history().read("t", int(event.id) - 1).entries) == ["1"]

@@ -1,4 +1,4 @@
-"""``manage.py demo``: the demo site, with the machine's figures."""
+"""``manage.py demo``: serve the demo site and publish this machine's figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from testproject.machine import Publisher
 
 
 class DemoServer(Server):  # type: ignore[misc]
-    """Daphne, which says why it cannot listen."""
+    """A daphne server that keeps the reason why it cannot listen."""
 
     failure: BaseException | None = None
 
@@ -40,24 +40,24 @@ class Command(BaseCommand):
         parser.add_argument(
             "--host",
             default="127.0.0.1",
-            help="Where to listen (default: %(default)s). A name other than this machine's own "
-            "must be in ALLOWED_HOSTS as well.",
+            help="Host to listen on (default: %(default)s). A name other than this machine's own "
+            "must also be in ALLOWED_HOSTS.",
         )
         parser.add_argument(
             "--port",
             type=int,
             default=DEFAULT_PORT,
-            help="Which port to listen on; 0 picks a free one (default: %(default)s).",
+            help="Port to listen on; 0 chooses a free one (default: %(default)s).",
         )
 
     def handle(self, *args: Any, host: str, port: int, **options: Any) -> None:
-        # Until daphne takes them. A script's background job is started with SIGINT ignored.
+        # Until daphne installs its handlers. Shells start background jobs with SIGINT ignored.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         server = DemoServer(
             ASGIStaticFilesHandler(Handover(get_asgi_application())),
             endpoints=build_endpoint_description_strings(host=address(host, port), port=port),
-            ready_callable=lambda: self.say(host, *server.listening_addresses[0]),
+            ready_callable=lambda: self.print_urls(host, *server.listening_addresses[0]),
         )
         publisher = Publisher()
         try:
@@ -65,7 +65,7 @@ class Command(BaseCommand):
             publisher.start()
             server.run()
         except KeyboardInterrupt:
-            pass  # before daphne was there to take it
+            pass  # before daphne has installed its handlers
         finally:
             if publisher.is_alive():
                 publisher.stop()
@@ -76,11 +76,12 @@ class Command(BaseCommand):
                 "Choose another port with --port (or `make demo PORT=...`)."
             )
 
-    def say(self, host: str, _: str, port: int) -> None:
-        """Say where the demo is, and what to do with it."""
+    def print_urls(self, host: str, _: str, port: int) -> None:
+        """Print the URL of the demo, and the commands to try."""
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
         lines = [
-            f"The demo is at {self.style.SUCCESS(url)} (Ctrl-C ends it). In another terminal:",
+            f"The demo is at {self.style.SUCCESS(url)} (Ctrl-C ends it). "
+            'Open "Live ping" there, and type in another terminal:',
             "",
             *[f"    {command}" for command in commands(DEFAULT_TOKEN, host, port)],
             "",
@@ -90,9 +91,9 @@ class Command(BaseCommand):
 
 
 def address(host: str, port: int) -> str:
-    """Give a host's IP address, which is what Twisted wants.
+    """Return the IP address of a host, which Twisted requires.
 
-    :raises CommandError: when it has none, or the port is no port.
+    :raises CommandError: if the host has none, or the port is not a valid port.
     """
     if not 0 <= port <= 65535:
         raise CommandError(f"The port must be 0 to 65535, not {port}.")
@@ -100,5 +101,5 @@ def address(host: str, port: int) -> str:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CommandError(f"{host!r} is no host to listen on: {reason}.") from error
+        raise CommandError(f"{host!r} is not a host to listen on: {reason}.") from error
     return str(found[0][4][0])

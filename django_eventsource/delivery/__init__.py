@@ -1,0 +1,1 @@
+"""From the channel layer to the buffers of the streams; no HTTP."""

@@ -1,0 +1,5 @@
+"""The default history: durable events in Django models."""
+
+from .backend import DatabaseHistory
+
+__all__ = ["DatabaseHistory"]

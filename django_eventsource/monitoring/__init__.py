@@ -1,0 +1,1 @@
+"""What the processes report about themselves: statistics, metrics and health."""

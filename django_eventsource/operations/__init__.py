@@ -1,0 +1,1 @@
+"""All open streams of a process."""

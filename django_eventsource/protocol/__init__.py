@@ -1,0 +1,1 @@
+"""Bytes and names on a wire: pure, no I/O."""

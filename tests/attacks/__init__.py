@@ -1,1 +1,0 @@
-"""The attacks that the security review tried, as bounded tests."""

@@ -1,0 +1,1 @@
+"""Tests with Django and pytest alone: no server, no socket."""

@@ -1,0 +1,1 @@
+"""Attacks that a security review tried."""
