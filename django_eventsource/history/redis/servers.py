@@ -4,6 +4,7 @@ import binascii
 import importlib
 import re
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -95,8 +96,14 @@ class Host:
 
     @cached_property
     def client(self) -> Any:
-        """The client of redis-py."""
-        return self._connect()
+        """The client of redis-py. It closes its connections when no one uses this server any more.
+
+        Otherwise the garbage collector would close them, in an order in which a socket warns that
+        it is still open.
+        """
+        client = self._connect()
+        weakref.finalize(self, client.close).atexit = False
+        return client
 
     @property
     def is_unreachable(self) -> bool:
