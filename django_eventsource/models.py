@@ -43,7 +43,11 @@ class NotNullIndex(models.Index):
 
 
 class TokenHead(models.Model):
-    """A token with an epoch. The row's lock orders the token's publishers."""
+    """A token with an epoch. The row's lock orders the token's publishers.
+
+    No index contains a column that a publisher changes. So PostgreSQL writes a new row, but no
+    entries of indexes (a heap-only tuple).
+    """
 
     key = models.CharField(max_length=32, unique=True, editable=False)
     token = models.CharField(_("token"), max_length=255)
@@ -52,7 +56,7 @@ class TokenHead(models.Model):
     last = models.BigIntegerField(_("last sequence number"))
     closed = models.BigIntegerField(_("sequence number of the last close"), null=True)
     size = models.BigIntegerField(_("bytes kept"), default=0)
-    updated = models.DateTimeField(_("last published"), db_index=True)
+    updated = models.DateTimeField(_("last published"))
 
     class Meta:
         default_permissions = ("view",)

@@ -57,7 +57,7 @@ class Migration(migrations.Migration):
                 ('last', models.BigIntegerField(verbose_name='last sequence number')),
                 ('closed', models.BigIntegerField(null=True, verbose_name='sequence number of the last close')),
                 ('size', models.BigIntegerField(default=0, verbose_name='bytes kept')),
-                ('updated', models.DateTimeField(db_index=True, verbose_name='last published')),
+                ('updated', models.DateTimeField(verbose_name='last published')),
             ],
             options={
                 'verbose_name': 'token',

@@ -14,7 +14,7 @@ from django_eventsource.delivery.hub import Hub, get_hub
 from django_eventsource.delivery.subscription import Subscriber
 from django_eventsource.history import get_history
 from django_eventsource.history.database.backend import BATCH, DatabaseHistory
-from django_eventsource.models import TokenHead
+from django_eventsource.models import StoredEvent
 from tests.support.events import add, draft
 from tests.support.histories import ALIASES, DATABASES, NAMES, make, to_outbox
 from tests.support.waiting import until
@@ -36,7 +36,7 @@ def test_changes_returns_the_heads_that_have_changed_in_one_statement(name: str)
     history = make("sqlite" if name == "default" else name)
     assert isinstance(history, DatabaseHistory)
     add(history, "a", token="old")
-    history._heads.update(updated=timezone.now() - LONG_AGO)
+    history._events.update(created=timezone.now() - LONG_AGO)
     (entry,) = add(history, "b", token="new")
     since, _ = history.changes(None)
     with CaptureQueriesContext(connections[history.using]) as queries:
@@ -52,14 +52,10 @@ def test_changes_returns_the_heads_that_have_changed_in_one_statement(name: str)
 def test_changes_of_many_tokens_require_a_look_at_all() -> None:
     history = make("sqlite")
     since, _ = history.changes(None)
-    now = timezone.now()
-    heads = [
-        TokenHead(key=str(n), token=str(n), first=1, kept=1, last=0, updated=now)
-        for n in range(BATCH + 1)
-    ]
-    TokenHead.objects.bulk_create(heads)
+    for n in range(BATCH + 1):
+        add(history, "a", "b", token=str(n))
     assert history.changes(since)[1] is None
-    TokenHead.objects.filter(key="0").delete()
+    StoredEvent.objects.filter(head__token="0").delete()
     assert len(history.changes(since)[1] or ()) == BATCH
 
 
@@ -153,7 +149,7 @@ def test_a_check_of_all_tokens_finds_an_event_that_became_visible_late(
 
     def publish_late() -> None:
         add(get_history(), "late", token="t0")
-        TokenHead.objects.filter(token="t0").update(updated=timezone.now() - LONG_AGO)
+        StoredEvent.objects.filter(head__token="t0").update(created=timezone.now() - LONG_AGO)
 
     found, data = async_to_sync(main)()
     assert not found

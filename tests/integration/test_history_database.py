@@ -7,6 +7,7 @@ import datetime
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -970,6 +971,25 @@ def test_settling_restarts_if_fewer_rows_are_deleted_than_were_read(
 
 
 # Indexes
+
+
+@real_commits
+def test_an_update_of_a_head_writes_no_entry_of_an_index() -> None:
+    """PostgreSQL then keeps the new row in the page of the old one (a heap-only tuple)."""
+    history = DatabaseHistory(USING="postgres")
+    connection = connections["postgres"]
+    counts = """
+        SELECT pg_stat_get_xact_tuples_updated(oid), pg_stat_get_xact_tuples_hot_updated(oid)
+        FROM pg_class WHERE relname = %s
+    """
+    add(history, "first")
+    with transaction.atomic("postgres"), connection.cursor() as cursor:
+        history._writer.write("t", [draft("second")], [uuid.uuid4()])
+        cursor.execute(counts, [TokenHead._meta.db_table])
+        updated, hot_updated = cursor.fetchone()
+    assert updated == hot_updated >= 1
+    connection.close()
+
 
 EXPLAIN = {"sqlite": "EXPLAIN QUERY PLAN", "postgresql": "EXPLAIN", "mysql": "EXPLAIN"}
 ANALYZE = {"sqlite": "ANALYZE", "postgresql": "ANALYZE", "mysql": "ANALYZE TABLE"}

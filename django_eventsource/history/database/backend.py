@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from asgiref.sync import sync_to_async
 from django.db import DEFAULT_DB_ALIAS, connections
-from django.db.models import Exists, F, Max, Min, Q, Sum, Window
+from django.db.models import Exists, F, Max, Min, Q, Sum, Value, Window
 from django.db.models.functions import Greatest
 from django.db.utils import DatabaseError, Error
 from django.utils import timezone
@@ -226,12 +226,16 @@ class DatabaseHistory(History):
         if since is None:
             return now, None
         # The clocks of the publishers differ.
-        changed = self._heads.filter(Q(updated__gt=since - CLOCK_MARGIN) | Q(key=FLOOR_KEY))
+        recent = self._events.filter(created__gt=since - CLOCK_MARGIN)
         pending = Exists(PendingEvent.objects.using(self.using))
-        rows = changed.annotate(pending=pending).values_list("key", "token", "last", "pending")
+        columns = ("key", "token", "last", "pending")
+        changed = self._heads.filter(pk__in=recent.values("head")).annotate(pending=Value(False))
+        floor = self._heads.filter(key=FLOOR_KEY).annotate(pending=pending)
+        # Not OR, for which databases read all heads.
+        rows = floor.values_list(*columns).union(changed.values_list(*columns), all=True)
         found = list(rows[: BATCH + 2])
-        floor = [row for row in found if row[0] == FLOOR_KEY]
-        if not floor or floor[0][3] or len(found) > BATCH + 1:
+        has_pending = [row[3] for row in found if row[0] == FLOOR_KEY]
+        if has_pending != [False] or len(found) > BATCH + 1:
             return now, None  # only heads() moves what is pending
         heads = [(token, last) for key, token, last, _ in found if key != FLOOR_KEY]
         return now, {token: Head(seq=last, has_epoch=True) for token, last in heads}
