@@ -1,6 +1,7 @@
 """Tokens, the names that publishers and listeners share, and the keys of events."""
 
 import hashlib
+from functools import lru_cache
 
 from ..exceptions import InvalidEvent, InvalidToken
 
@@ -47,6 +48,7 @@ def check_token(token: str) -> str:
     return token
 
 
+@lru_cache(maxsize=4096)
 def token_key(token: str) -> str:
     """Return the database key of a token: 32 hexadecimal digits.
 

@@ -31,6 +31,7 @@ sequence numbers of the epoch are above both floors.
 import asyncio
 import json
 import logging
+import secrets
 import threading
 import time
 import uuid
@@ -52,7 +53,7 @@ from ..base import READ_BYTES, READ_EVENTS, History, T, check_using
 from ..outbox import Outbox, draft_of, settle_batches
 from ..records import Draft, Entry, Found, Head, RowEntries, Slice
 from ..transaction_retries import in_transaction
-from .codec import KINDS, entry_of, milliseconds, times_of, unpack
+from .codec import KINDS, bounds_argument, entry_of, milliseconds, times_of, unpack
 from .scripts import APPEND, FIND, FLOOR, LEASE, NOW, READ, REMOVE, REWIND, STORED
 from .servers import Host, Hosts
 
@@ -152,7 +153,7 @@ class RedisHistory(History):
             # Events that this process could not settle before must not be overtaken.
             self._settle(token)
         host = self._host(token)
-        ref = uuid.uuid4().hex
+        ref = secrets.token_hex(16)
 
         def attempt(began: float | None) -> list[Entry]:
             since = "" if began is None else self._time_of_server(host, token, began)
@@ -190,10 +191,8 @@ class RedisHistory(History):
             ``""`` in the first attempt.
         """
         names = self._keys(token, "head", "events", "ids", f"ref:{ref}", "keys")
-        # In one argument, because redis-py encodes each argument by itself.
-        ages = f"{milliseconds(self.max_age)} {milliseconds(self.token_max_age)}"
-        bounds = f"{self.max_events} {self.max_bytes} {ages}"
-        args: list[Any] = [since, ref, token, bounds]
+        bounds = (self.max_events, self.max_bytes, self.max_age, self.token_max_age)
+        args: list[Any] = [since, ref, token, bounds_argument(*bounds)]
         for draft, key in zip(drafts, keys, strict=True):
             args += draft.action, draft.data, draft.kind.value, draft.event_id or "", key or ""
         run = partial(host.run_with_log, APPEND, names, self._changes_key)

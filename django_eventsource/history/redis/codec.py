@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Sequence
+from functools import lru_cache
 
 from ..records import Draft, Entry, Kind, Row, utc
 
@@ -11,6 +12,12 @@ KINDS = {kind.value.encode(): kind for kind in Kind}
 def milliseconds(seconds: float) -> int:
     """Return a time span, limited so that it can be added to the current date."""
     return max(int(min(seconds, 10**10) * 1000), 1)
+
+
+@lru_cache
+def bounds_argument(max_events: int, max_bytes: int, max_age: float, token_max_age: float) -> str:
+    """Return the bounds of a token as one argument, because redis-py encodes each by itself."""
+    return f"{max_events} {max_bytes} {milliseconds(max_age)} {milliseconds(token_max_age)}"
 
 
 def entry_of(draft: Draft, line: str) -> Entry:
