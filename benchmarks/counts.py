@@ -90,7 +90,7 @@ def of_database() -> dict[str, int]:
 
     from django_eventsource import publish
     from django_eventsource.history import get_history
-    from django_eventsource.models import TokenHead
+    from django_eventsource.models import StoredEvent, TokenHead
 
     def insert(name: str, *, and_publish: bool) -> int:
         with statements() as found, transaction.atomic():
@@ -109,7 +109,7 @@ def of_database() -> dict[str, int]:
         for n in range(TOKENS)
     ]
     TokenHead.objects.bulk_create(heads)
-    TokenHead.objects.update(updated="2000-01-01T00:00:00Z")
+    StoredEvent.objects.update(created="2000-01-01T00:00:00Z")
     history = get_history()
     since, _ = history.changes(None)
     with statements() as found:
