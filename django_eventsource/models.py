@@ -117,7 +117,8 @@ class StoredEvent(EventFields):
         ]
         indexes = [
             NotNullIndex(fields=["head", "event_id"], name="eventsource_event_id"),
-            models.Index(fields=["created"], name="eventsource_created"),
+            # With the head, so that a history check need not read the events.
+            models.Index(fields=["created", "head"], name="eventsource_created"),
             NotNullIndex(fields=["head", "idempotency_key"], name="eventsource_key"),
         ]
 

@@ -85,7 +85,7 @@ class Migration(migrations.Migration):
                 'verbose_name_plural': 'stored events',
                 'permissions': [('listen_event', 'Can listen to the events of every token'), ('send_event', 'Can send events to every token')],
                 'default_permissions': ('view',),
-                'indexes': [django_eventsource.models.NotNullIndex(fields=['head', 'event_id'], name='eventsource_event_id'), models.Index(fields=['created'], name='eventsource_created'), django_eventsource.models.NotNullIndex(fields=['head', 'idempotency_key'], name='eventsource_key')],
+                'indexes': [django_eventsource.models.NotNullIndex(fields=['head', 'event_id'], name='eventsource_event_id'), models.Index(fields=['created', 'head'], name='eventsource_created'), django_eventsource.models.NotNullIndex(fields=['head', 'idempotency_key'], name='eventsource_key')],
                 'constraints': [models.UniqueConstraint(fields=('head', 'seq'), name='eventsource_head_seq')],
             },
         ),
