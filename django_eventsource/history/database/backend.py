@@ -230,12 +230,12 @@ class DatabaseHistory(History):
         pending = Exists(PendingEvent.objects.using(self.using))
         columns = ("key", "token", "last", "pending")
         changed = self._heads.filter(pk__in=recent.values("head")).annotate(pending=Value(False))
-        floor = self._heads.filter(key=FLOOR_KEY).annotate(pending=pending)
+        floors = self._heads.filter(key=FLOOR_KEY).annotate(pending=pending)
         # Not OR, for which databases read all heads.
-        rows = floor.values_list(*columns).union(changed.values_list(*columns), all=True)
+        rows = floors.values_list(*columns).union(changed.values_list(*columns), all=True)
         found = list(rows[: BATCH + 2])
-        has_pending = [row[3] for row in found if row[0] == FLOOR_KEY]
-        if has_pending != [False] or len(found) > BATCH + 1:
+        floor = [row for row in found if row[0] == FLOOR_KEY]
+        if not floor or floor[0][3] or len(found) > BATCH + 1:
             return now, None  # only heads() moves what is pending
         heads = [(token, last) for key, token, last, _ in found if key != FLOOR_KEY]
         return now, {token: Head(seq=last, has_epoch=True) for token, last in heads}
