@@ -63,7 +63,7 @@ def database_works() -> Works:
         StoredEvent.objects.create(
             head=head,
             seq=next(seqs),
-            size=len(VALUE),
+            end_offset=0,
             action="ping",
             data=VALUE.encode(),
             kind="event",

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.replay NAME ROUNDS`` prints one JSON object. NAME is ``sqlite``,
 ``postgresql`` or ``redis``. The replay and the driver alternate, so each ratio compares figures of
-the same time.
+the same time. All of it runs on one processor, because a replay reads in another thread than the
+driver, and the processors of a shared machine differ in speed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ NAMES = ("postgresql", "sqlite", "redis")
 EVENTS = 10_000
 TOKEN = "replayed"
 GOAL = 0.6
+
+
+def use_one_processor() -> None:
+    """Use one processor for all threads, and for the processes that are started later."""
+    if hasattr(os, "sched_setaffinity"):  # on Linux
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def fetch_rows() -> Callable[[], Sequence[object]]:
@@ -103,6 +110,7 @@ def main(name: str = "sqlite", rounds: str = "10") -> None:
     """Measure one history."""
     if name not in NAMES:
         sys.exit(f"{name!r}: one of {', '.join(NAMES)} is needed.")
+    use_one_processor()
     with store(name):
         from django_eventsource import publish_many
 

@@ -30,6 +30,8 @@ NAMES = ("memory", "sqlite", "postgresql", "redis")
 EVENTS = 10_000
 ROUNDS = 5
 HEADS = 10_000
+EVENT_BYTES = 200
+"""The most bytes of one of the events, as it is sent."""
 BACK = 1000
 """Listeners that come back at once."""
 MISSED = 500
@@ -151,16 +153,20 @@ async def replay(token: str, events: int) -> float:
     from django_eventsource.streaming.stream import EventStream
 
     history = get_history()
+    end = b"id: %d\n" % (await history.alocate(token, None)).seq
     stream = EventStream(token, await history.alocate(token, None, parse_rewind(events)))
-    count = 0
+    chunks = []
     began = time.perf_counter()
     async for chunk in stream:
-        count += chunk.count(b"\ndata: ")
-        if count >= events:
+        chunks.append(chunk)
+        if end in chunk[-EVENT_BYTES:]:
             break
     seconds = time.perf_counter() - began
     await stream.aclose()
     get_hub()._replays.discard()
+    count = b"".join(chunks).count(b"\ndata: ")
+    if count != events:
+        raise RuntimeError(f"{count} events were replayed, not {events}.")
     return count / seconds
 
 

@@ -295,13 +295,15 @@ class TokenHeadAdmin(HistoryAdmin):
     """The tokens with an epoch."""
 
     list_display = ["name", "last", "events", "bytes_kept", "is_closed", "updated"]
+    fields = ["token", "first", "kept", "last", "closed", "bytes_kept", "updated"]
+    readonly_fields = ["bytes_kept"]
     search_fields = ["token"]
 
     @admin.display(description=_("events kept"), ordering=F("last") - F("kept"))
     def events(self, head: TokenHead) -> int:
         return head.last - head.kept + 1
 
-    @admin.display(description=_("size"), ordering="size")
+    @admin.display(description=_("size"), ordering=F("end_offset") - F("start_offset"))
     def bytes_kept(self, head: TokenHead) -> str:
         return filesizeformat(head.size)
 
@@ -313,11 +315,15 @@ class TokenHeadAdmin(HistoryAdmin):
 class EventAdmin(HistoryAdmin):
     """Base of the pages of stored and pending events."""
 
-    readonly_fields = ["text"]
+    readonly_fields = ["text", "byte_count"]
 
     @admin.display(description=_("action"), ordering="action")
     def short_action(self, event: EventFields) -> SafeString:
         return cell(event.action)
+
+    @admin.display(description=_("bytes"))
+    def byte_count(self, event: EventFields) -> int:
+        return event.size
 
     @admin.display(description=_("data"))
     def excerpt(self, event: EventFields) -> SafeString:
@@ -333,7 +339,7 @@ class StoredEventAdmin(EventAdmin):
     list_select_related = ["head"]
     search_fields = ["head__token", "=action"]
     search_help_text = _("Part of a token, or a whole action")
-    fields = ["head", "seq", "event_id", "action", "kind", "text", "size", "created"]
+    fields = ["head", "seq", "event_id", "action", "kind", "text", "byte_count", "created"]
 
     @admin.display(description=_("token"), ordering="head__token")
     def token(self, event: StoredEvent) -> SafeString:

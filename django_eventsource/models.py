@@ -55,7 +55,9 @@ class TokenHead(models.Model):
     kept = models.BigIntegerField(_("oldest sequence number kept"))
     last = models.BigIntegerField(_("last sequence number"))
     closed = models.BigIntegerField(_("sequence number of the last close"), null=True)
-    size = models.BigIntegerField(_("bytes kept"), default=0)
+    # Offsets count the bytes of the data of the token's events, from the beginning of the epoch.
+    start_offset = models.BigIntegerField(_("offset of the oldest event kept"), default=0)
+    end_offset = models.BigIntegerField(_("offset of the end"), default=0)
     updated = models.DateTimeField(_("last published"))
 
     class Meta:
@@ -65,6 +67,11 @@ class TokenHead(models.Model):
 
     def __str__(self) -> str:
         return shorten(self.token)
+
+    @property
+    def size(self) -> int:
+        """The bytes of the data of the events that are kept."""
+        return self.end_offset - self.start_offset
 
 
 class EventFields(models.Model):
@@ -79,6 +86,11 @@ class EventFields(models.Model):
 
     class Meta:
         abstract = True
+
+    @property
+    def size(self) -> int:
+        """The bytes of the data."""
+        return len(self.data)
 
     def text(self) -> str:
         """Return the data as text."""
@@ -101,7 +113,8 @@ class StoredEvent(EventFields):
         verbose_name=_("token"),
     )
     seq = models.BigIntegerField(_("sequence number"))
-    size = models.PositiveIntegerField(_("bytes"))
+    # So a read finds the last event of a page without a sum over the events.
+    end_offset = models.BigIntegerField(_("offset of the end"))
     ref = models.UUIDField(null=True, editable=False)
 
     class Meta:

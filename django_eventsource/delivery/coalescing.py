@@ -90,7 +90,7 @@ class Coalescer:
         if seconds is not None:
             self._seconds = seconds
             self._free_at = float("inf")
-            events = len(batch.frames)
+            events = batch.count
             share = 0.0 if events == 1 else FEW_REST if events < MANY else MANY_REST
             self._call_soon(share, began, ROUNDS)
 

@@ -44,7 +44,7 @@ class Counters:
         if not streams:
             return
         with self.lock:
-            self.events += streams * len(batch.frames)
+            self.events += streams * batch.count
             self.bytes += streams * len(batch.data)
         if batch.published is not None:
             self.latency.observe(time.time() - batch.published)
@@ -56,7 +56,7 @@ class Counters:
         """
         with self.lock:
             self.replays += first
-            self.replayed_events += len(batch.frames)
+            self.replayed_events += batch.count
             self.replayed_bytes += len(batch.data)
 
     def count_reset(self, reason: Missed) -> None:

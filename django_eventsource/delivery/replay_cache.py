@@ -107,10 +107,8 @@ class ReplayCache:
             return
         self.discard(older_than=self.kept_seconds)
         self._drop(feed, after)
-        # An event is kept up to three times: as it was read, as a frame, and in a batch.
-        size = sum(
-            (2 if len(batch.frames) == 1 else 3) * len(batch.data) for batch in slice_.batches
-        )
+        # An event is kept as it was read, and in its batch.
+        size = sum(len(batch.data) + batch.memory for batch in slice_.batches)
         size += len(slice_.entries) * ENTRY_BYTES
         self._cached[feed, after] = CachedSlice(time.monotonic(), resets, size, slice_)
         self._size += size

@@ -355,7 +355,7 @@ class Subscriber:
         data = batch.data
         size = self._size + len(data)
         if size + self.in_flight > self.buffer_bytes and (
-            buffer or (self.in_flight and len(batch.frames) > 1)
+            buffer or (self.in_flight and batch.count > 1)
         ):
             return False
         # The same as `write`, without a call: this is the fast path.

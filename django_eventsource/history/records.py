@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
 from operator import attrgetter
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from ..conf import conf
 from ..events import Event
@@ -18,7 +18,7 @@ from ..exceptions import EventTooLarge
 from ..protocol.batches import Batch
 from ..protocol.cursors import Cursor
 from ..protocol.field_rules import check_id, encode_text, retry_ms, unify_line_ends
-from ..protocol.frames import encode_event, encode_retry, event_line, event_size
+from ..protocol.frames import encode_event, encode_retry, event_size, numbered_template
 
 __all__ = ["Draft", "Entry", "Found", "Head", "Kind", "Missing", "Position", "Slice"]
 
@@ -159,24 +159,27 @@ class Entry:
         return Batch((self.frame(),), (self.seq,), closes=self.closes)
 
 
-Row = tuple[int, str, bytes, str | None, str]
+Row = tuple[int, str, bytes, str | None, str | None]
 """The sequence number, the action, the data, the own id and the kind of a stored event.
 
-Some drivers of databases return the data as a memoryview.
+The kind of an ordinary event may be ``None``, because it takes longer to fetch a text.
 """
 
 
 class RowEntries(Sequence[Entry]):
     """The entries of rows. Each is made when it is used, because a replay uses only the bytes.
 
-    :param rows: the rows, by their sequence numbers.
+    :param rows: the rows, by their sequence numbers. The data may be memoryviews, as psycopg2
+        returns them.
     :param times: when each event was stored, with a time zone; ``None`` if that was not read.
     """
 
     def __init__(
-        self, rows: Sequence[Row], times: Sequence[datetime.datetime] | None = None
+        self, rows: Sequence[Any], times: Sequence[datetime.datetime] | None = None
     ) -> None:
-        self.rows = rows
+        self.rows: Sequence[Row] = rows
+        if rows and isinstance(rows[0][2], memoryview):
+            self.rows = [(row[0], row[1], bytes(row[2]), row[3], row[4]) for row in rows]
         self._times = times
 
     def __len__(self) -> int:
@@ -193,7 +196,7 @@ class RowEntries(Sequence[Entry]):
         if isinstance(at, slice):
             return RowEntries(self.rows[at], None if times is None else times[at])
         seq, action, data, event_id, kind = self.rows[at]
-        draft = Draft(action=action, data=bytes(data), event_id=event_id, kind=Kind(kind))
+        draft = Draft(action=action, data=data, event_id=event_id, kind=Kind(kind or Kind.EVENT))
         created = None if times is None else times[at]
         return Entry(seq=seq, draft=draft, created=created)
 
@@ -205,25 +208,46 @@ class RowEntries(Sequence[Entry]):
 
 def encode_rows(rows: Sequence[Row]) -> tuple[Batch, ...]:
     """Return the events of rows as batches. A close is the last event of its batch."""
-    retry, close = Kind.RETRY.value, Kind.CLOSE.value  # read once, because a replay has many rows
+    if not rows:
+        return ()
+    # The numbers and the data of ordinary events. A replay consists mostly of them, so they are
+    # encoded in one operation, which takes two thirds of the time of one for each event.
+    event = Kind.EVENT.value
+    ordinary: list[Any] = [
+        value
+        for seq, _, data, own_id, kind in rows
+        if own_id is None and (kind is None or kind == event)
+        for value in (seq, data)
+    ]
+    templates = {action: numbered_template(action) for action in {row[1] for row in rows}}
+    if len(ordinary) < 2 * len(rows):
+        return _encode_each(rows, templates)
+    seqs, values = ordinary[::2], ordinary[1::2]
+    if b"\n" in b"".join(values):
+        ordinary[1::2] = [value.replace(b"\n", b"\ndata: ") for value in values]
+    if len(templates) == 1:
+        template = templates[rows[0][1]] * len(rows)
+    else:
+        template = b"".join([templates[row[1]] for row in rows])
+    return (Batch.of_data(template % tuple(ordinary), seqs),)
+
+
+def _encode_each(rows: Sequence[Row], templates: Mapping[str, bytes]) -> tuple[Batch, ...]:
+    retry, close = Kind.RETRY.value, Kind.CLOSE.value
     frames = [
-        encode_retry(int(bytes(data)), event_id or str(seq))
+        encode_retry(int(data), own_id or str(seq))
         if kind == retry
-        else encode_event(action, bytes(data), event_id)
-        if event_id
-        # What encode_event() returns, without a call for each event.
-        else b"id: %d\n%bdata: %b\n\n"
-        % (seq, event_line(action), bytes(data).replace(b"\n", b"\ndata: "))
-        for seq, action, data, event_id, kind in rows
+        else encode_event(action, data, own_id)
+        if own_id
+        else templates[action] % (seq, data.replace(b"\n", b"\ndata: "))
+        for seq, action, data, own_id, kind in rows
     ]
     seqs = [row[0] for row in rows]
-    starts = [0, *(n for n, row in enumerate(rows, 1) if row[4] == close)]
-    batches = [
-        Batch(frames[start:end], seqs[start:end], closes=True) for start, end in pairwise(starts)
-    ]
-    if starts[-1] < len(rows):
-        batches.append(Batch(frames[starts[-1] :], seqs[starts[-1] :]))
-    return tuple(batches)
+    ends = [n for n, row in enumerate(rows, 1) if row[4] == close]
+    return tuple(
+        Batch(frames[start:end], seqs[start:end], closes=end in ends)
+        for start, end in pairwise(sorted({0, *ends, len(rows)}))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +285,7 @@ class Slice:
         for batch in batches:
             created = entries[first].created
             batch.published = None if created is None else created.timestamp()
-            first += len(batch.frames)
+            first += batch.count
         return batches
 
     def after(self, seq: int) -> Slice:

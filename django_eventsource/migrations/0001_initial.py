@@ -56,7 +56,8 @@ class Migration(migrations.Migration):
                 ('kept', models.BigIntegerField(verbose_name='oldest sequence number kept')),
                 ('last', models.BigIntegerField(verbose_name='last sequence number')),
                 ('closed', models.BigIntegerField(null=True, verbose_name='sequence number of the last close')),
-                ('size', models.BigIntegerField(default=0, verbose_name='bytes kept')),
+                ('start_offset', models.BigIntegerField(default=0, verbose_name='offset of the oldest event kept')),
+                ('end_offset', models.BigIntegerField(default=0, verbose_name='offset of the end')),
                 ('updated', models.DateTimeField(verbose_name='last published')),
             ],
             options={
@@ -76,7 +77,7 @@ class Migration(migrations.Migration):
                 ('created', models.DateTimeField(verbose_name='published')),
                 ('idempotency_key', models.CharField(editable=False, max_length=32, null=True)),
                 ('seq', models.BigIntegerField(verbose_name='sequence number')),
-                ('size', models.PositiveIntegerField(verbose_name='bytes')),
+                ('end_offset', models.BigIntegerField(verbose_name='offset of the end')),
                 ('ref', models.UUIDField(editable=False, null=True)),
                 ('head', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.DO_NOTHING, related_name='events', to='django_eventsource.tokenhead', verbose_name='token')),
             ],

@@ -7,20 +7,33 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import attrgetter
 
+BLANK_LINE = b"\n\n"
+"""The end of an event. No event has another blank line."""
+
 
 class Batch:
     """Encoded events of one token. Immutable, so that threads and streams share it.
 
     Only :attr:`published` may be set later, before the batch is shared.
 
-    :param frames: the events as they are sent, at least one.
+    :param frames: the events as they are sent, at least one, each with the blank line at its end.
     :param seqs: their sequence numbers, ascending; ``None`` for live-only events.
     :param closes: whether the last event is a close.
     :param published: when the first event was published, in seconds since 1970; ``None`` if that
         is not known.
     """
 
-    __slots__ = ("_chunk", "closes", "data", "first", "frames", "last", "published", "seqs")
+    __slots__ = (
+        "_chunk",
+        "_frames",
+        "closes",
+        "count",
+        "data",
+        "first",
+        "last",
+        "published",
+        "seqs",
+    )
 
     def __init__(
         self,
@@ -30,7 +43,9 @@ class Batch:
         closes: bool = False,
         published: float | None = None,
     ) -> None:
-        self.frames = frames
+        self._frames: Sequence[bytes] | None = frames
+        self.count = len(frames)
+        """The number of events."""
         self.seqs = seqs
         self.closes = closes
         self.published = published
@@ -39,6 +54,33 @@ class Batch:
         self.first = seqs[0] if seqs else None
         self.last = seqs[-1] if seqs else None
         self._chunk: bytes | None = None
+
+    @classmethod
+    def of_data(cls, data: bytes, seqs: Sequence[int], *, closes: bool = False) -> Batch:
+        """Return the batch of events that are encoded as one text.
+
+        :param data: the events as they are sent, one after the other.
+        :param seqs: the sequence number of each.
+        :param closes: whether the last event is a close.
+        """
+        batch = cls((data,), seqs, closes=closes)
+        batch._frames = None
+        batch.count = len(seqs)
+        return batch
+
+    @property
+    def frames(self) -> Sequence[bytes]:
+        """The events as they are sent."""
+        if self._frames is None:
+            # The list is not kept, because few streams need it.
+            frames = self.data.removesuffix(BLANK_LINE).split(BLANK_LINE)
+            return [frame + BLANK_LINE for frame in frames]
+        return self._frames
+
+    @property
+    def memory(self) -> int:
+        """The bytes of the texts that the batch keeps."""
+        return len(self.data) * (1 if self._frames is None or self.count == 1 else 2)
 
     @property
     def chunk(self) -> bytes:
@@ -52,9 +94,13 @@ class Batch:
         at = bisect_right(self.seqs or (), seq)
         if not self.seqs or not at:
             return self
-        return Batch(
-            self.frames[at:], self.seqs[at:], closes=self.closes, published=self.published
-        )
+        if self._frames is not None:
+            rest = Batch(self._frames[at:], self.seqs[at:], closes=self.closes)
+        else:
+            data = self.data.split(BLANK_LINE, at)[at]
+            rest = Batch.of_data(data, self.seqs[at:], closes=self.closes)
+        rest.published = self.published
+        return rest
 
 
 def encode_chunk(data: bytes) -> bytes:

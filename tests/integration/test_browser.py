@@ -359,7 +359,7 @@ for token in ("42:42:42:42:42:42", "t" * 255, "a room with a name of many words"
     publish(token, "ping", "W" * 500)
 head = TokenHead.objects.get(token="t" * 255)
 fields = {"action": "A" * 255, "data": b"W" * 500, "event_id": "I" * 255, "kind": "event"}
-StoredEvent.objects.create(head=head, seq=head.last + 1, size=500, created=now, **fields)
+StoredEvent.objects.create(head=head, seq=head.last + 1, end_offset=0, created=now, **fields)
 PendingEvent.objects.create(key="k", token="t" * 255, created=now, ref=uuid4(), **fields)
 for host, seconds in (("web-1.example.com", 9000), ("h" * 200, 9000), ("web-2", -9000)):
     lease = ProcessLease.objects.create(

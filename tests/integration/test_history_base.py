@@ -112,11 +112,26 @@ def test_a_read_returns_at_most_max_bytes_but_one_event(history: History) -> Non
 
 @pytest.mark.parametrize(
     "sizes",
-    [[20] * 100, [*range(1, 101)], [*range(100, 0, -1)], [1] * 99 + [900], [900] + [1] * 99],
-    ids=["equal", "growing", "shrinking", "one large at the end", "one large at the start"],
+    [
+        [20] * 100,
+        [*range(1, 101)],
+        [*range(100, 0, -1)],
+        [1] * 400 + [1900],
+        [1900] + [1] * 400,
+        [10] * 90 + [900] * 9 + [0] * 300,
+    ],
+    ids=[
+        "equal",
+        "growing",
+        "shrinking",
+        "one large at the end",
+        "one large at the start",
+        "few large",
+    ],
 )
-def test_the_pages_of_a_replay_are_bounded_and_nearly_full(
-    history: History, sizes: list[int]
+@pytest.mark.parametrize("times", [False, True])
+def test_the_pages_of_a_replay_are_bounded_and_full(
+    history: History, sizes: list[int], *, times: bool
 ) -> None:
     """Whatever the sizes of the events, all of them are read, once."""
     values = ["x" * size for size in sizes]
@@ -124,14 +139,25 @@ def test_the_pages_of_a_replay_are_bounded_and_nearly_full(
     pages: list[list[str]] = []
     more = True
     while more:
-        slice_ = history.read("t", seq, max_bytes=1000)
+        slice_ = history.read("t", seq, max_bytes=1000, times=times)
         pages.append(texts(slice_.entries))
         more, seq = slice_.more, slice_.entries[-1].seq
     assert list(chain(*pages)) == values
     for page, following in pairwise(pages):
         size = sum(map(len, page))
-        assert 1000 * 7 / 8 - len(following[0]) < size <= 1000
-    assert sum(map(len, pages[-1])) <= 1000
+        assert size + len(following[0]) > 1000
+        assert size <= 1000 or len(page) == 1
+    assert sum(map(len, pages[-1])) <= 1000 or len(pages[-1]) == 1
+
+
+def test_the_pages_of_a_trimmed_token_are_bounded_and_full(name: str) -> None:
+    """The bytes of the events that are gone do not count, at any position."""
+    history = make(name, MAX_EVENTS=20)
+    seq = add(history, *["x" * 10] * 50)[0].seq
+    history.prune()
+    assert [
+        len(history.read("t", seq + after, max_bytes=45).entries) for after in (29, 30, 40, 46, 49)
+    ] == [4, 4, 4, 3, 0]
 
 
 def test_tokens_differ_by_case_accent_and_space(history: History) -> None:
@@ -484,6 +510,14 @@ def test_an_own_id_takes_precedence_over_a_sequence_number(history: History) -> 
     entries = history.append("t", [draft(own_id="o"), draft(own_id=str(first.seq))])
     assert history.locate("t", parse_cursor(str(first.seq))).seq == entries[1].seq
     assert history.locate("t", parse_cursor(str(entries[0].seq))).seq == entries[0].seq
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_a_cursor_is_found_with_the_kind_of_its_event(history: History, kind: Kind) -> None:
+    (entry,) = history.append("t", [draft("5", own_id="own", kind=kind)])
+    for cursor in ("own", str(entry.seq)):
+        assert history.find("t", cursor, entry.seq).kind is kind
+    assert history.find("t", "unknown", None).kind is None
 
 
 def test_own_ids_differ_by_case_and_accent(history: History) -> None:

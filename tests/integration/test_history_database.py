@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import accumulate
 from typing import Any
 from unittest.mock import patch
 
@@ -440,9 +441,15 @@ def test_simultaneous_first_events_of_a_token_with_a_key_are_stored_once(
 
 
 def sizes(history: DatabaseHistory) -> tuple[int, int]:
-    """Return the size in the head and the sum of the sizes of its events."""
+    """Return the size in the head and the sum of the sizes of its events.
+
+    Each event's offset must be the sum up to its end.
+    """
     head = TokenHead.objects.using(history.using).get(token="t")
-    return head.size, sum(head.events.using(history.using).values_list("size", flat=True))
+    events = list(head.events.using(history.using).order_by("seq"))
+    ends = accumulate((event.size for event in events), initial=head.start_offset)
+    assert [event.end_offset for event in events] == list(ends)[1:]
+    return head.size, sum(event.size for event in events)
 
 
 @real_commits
@@ -483,6 +490,53 @@ def test_the_size_in_the_head_is_the_sum_over_its_events(history: DatabaseHistor
     assert kept == events > 0
     history.prune()
     assert sizes(history)[0] == sizes(history)[1] <= 1_000
+
+
+@real_commits
+@pytest.mark.parametrize("times", [False, True])
+def test_a_page_that_is_trimmed_during_its_read_is_read_again(
+    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, *, times: bool
+) -> None:
+    """Otherwise the events that are kept would be taken for no events."""
+    start = add(history, *["x" * 10] * 30)[0].seq - 1
+    find = history._head
+    trims = [29, 25]
+
+    def find_and_trim(*args: Any) -> Any:
+        found = find(*args)
+        if trims:
+            history.max_events = trims.pop()
+            in_thread(history.prune)
+        return found
+
+    monkeypatch.setattr(history, "_head", find_and_trim)
+    slice_ = history.read("t", start, max_bytes=45, times=times)
+    assert [entry.seq - start for entry in slice_.entries] == [6, 7, 8, 9]
+    assert (slice_.complete, slice_.more) == (False, True)
+
+
+@real_commits
+@pytest.mark.parametrize("times", [False, True])
+def test_a_page_has_no_gap_if_events_are_trimmed_during_its_read(
+    history: DatabaseHistory, monkeypatch: pytest.MonkeyPatch, *, times: bool
+) -> None:
+    """A page of small events is read in several steps. The trim comes before the second one."""
+    start = add(history, *["x"] * 30, *["y" * 100] * 10)[0].seq - 1
+    steps = 0
+
+    def trim_before_the_second(fetch: Callable[..., Any], *args: Any) -> Any:
+        nonlocal steps
+        if (steps := steps + 1) == 2:
+            history.max_events = 20
+            in_thread(history.prune)
+        return fetch(*args)
+
+    for name in ("_rows_with_times", "_rows"):
+        fetch = getattr(history, name)
+        monkeypatch.setattr(history, name, partial(trim_before_the_second, fetch))
+    slice_ = history.read("t", start, max_bytes=100, times=times)
+    assert [entry.seq - start for entry in slice_.entries] == [1, 2, 3, 4, 5]
+    assert (slice_.complete, slice_.more, steps) == (True, True, 2)
 
 
 # Concurrent publishers
@@ -1017,7 +1071,7 @@ def test_a_cursor_is_searched_in_the_indexes_of_one_token(
             cursor.execute(f"{ANALYZE[connection.vendor]} {model._meta.db_table}")
         with CaptureQueriesContext(connection) as queries:
             history.find("t29", "unknown", seq if by_number else None)
-        (sql,) = [one["sql"] for one in queries if "storedevent" in one["sql"]]
+        (sql,) = [one["sql"] for one in queries if "event_id" in one["sql"]]
         cursor.execute(f"{EXPLAIN[connection.vendor]} {sql}")
         plan = [" ".join(map(str, row)) for row in cursor.fetchall()]
     connection.close()

@@ -129,6 +129,32 @@ def test_a_publisher_whose_event_was_settled_finds_it_without_a_lock(
     assert statements(postgres, settle) == ["WITH", "SELECT", "SELECT"]
 
 
+def test_a_page_of_a_replay_takes_two_statements(history: DatabaseHistory) -> None:
+    """One reads the token's row, and one the events, also if the bytes allowed end the page."""
+    (first, *_) = add(history, *["x" * 10] * 100)
+    pages = []
+    words = statements(
+        history, lambda: pages.append(history.read("t", first.seq, max_bytes=45).entries)
+    )
+    assert words == ["SELECT", "SELECT"]
+    assert list(map(len, pages)) == [4]
+    # Here the first event is larger than the bytes allowed.
+    assert statements(history, lambda: history.read("t", first.seq, max_bytes=5)) == [
+        *words,
+        "SELECT",
+    ]
+
+
+def test_a_session_that_replays_often_prepares_its_statements(postgres: DatabaseHistory) -> None:
+    (first, *_) = add(postgres, "a", "b", "c")
+    read = partial(postgres.read, "t", first.seq)
+    before = [statements(postgres, read) for _ in range(PreparedStatement.prepare_at)]
+    assert before[0] == ["SELECT", "SELECT"]
+    assert before[-1] == ["PREPARE", "EXECUTE"] * 2
+    assert statements(postgres, read) == ["EXECUTE", "EXECUTE"]
+    assert texts(read().entries) == ["b", "c"]
+
+
 @pytest.mark.parametrize("count", [0, 501])
 def test_other_numbers_of_events_are_stored_in_a_transaction(
     history: DatabaseHistory, count: int
@@ -155,7 +181,7 @@ def test_columns_are_the_same_as_those_that_the_orm_writes(history: DatabaseHist
         head = TokenHead.objects.using(history.using).get(token=token)
         first = head.first
         found = [
-            (row.seq - first, row.size, row.action, bytes(row.data), row.event_id, row.kind)
+            (row.seq - first, row.end_offset, row.action, bytes(row.data), row.event_id, row.kind)
             for row in rows
         ]
         assert all(row.ref and row.created == head.updated for row in rows[-len(drafts) :])
@@ -327,7 +353,7 @@ def test_a_connection_lost_while_the_statement_waits_publishes_once(
 
     with ThreadPoolExecutor(max_workers=1) as executor:
         with transaction.atomic(using="postgres"):
-            TokenHead.objects.using("postgres").filter(token="t").update(size=1)
+            TokenHead.objects.using("postgres").filter(token="t").update(closed=None)
             future = executor.submit(in_thread, publish)
             assert started.wait(30)
             in_thread(wait_for_waiter_and_end_it)

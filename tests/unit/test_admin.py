@@ -52,7 +52,7 @@ def rows(db):
     )
     for seq, text in enumerate(TEXTS, 1):
         fields = {"action": "ping", "data": text.encode(), "kind": "event", "created": now}
-        StoredEvent.objects.create(head=head, seq=seq, size=len(text.encode()), **fields)
+        StoredEvent.objects.create(head=head, seq=seq, end_offset=0, **fields)
         PendingEvent.objects.create(
             key="k", token="42:<42>", event_id=f"id{seq}", ref=uuid4(), **fields
         )
@@ -127,7 +127,7 @@ def test_no_text_of_a_client_is_markup_on_a_page(admin_client, db, model):
     lease = ProcessLease.objects.create(key="p", process=EVIL, until=now)
     fields = {"action": EVIL, "event_id": EVIL, "data": EVIL.encode(), "created": now}
     fields["kind"] = "event"
-    StoredEvent.objects.create(head=head, seq=1, size=1, **fields)
+    StoredEvent.objects.create(head=head, seq=1, end_offset=1, **fields)
     PendingEvent.objects.create(key="k", token=EVIL, ref=uuid4(), **fields)
     TokenPresence.objects.create(
         lease=lease, key="k", token=EVIL, listeners=1, identities=f'{{"{EVIL}": 1}}'
@@ -225,12 +225,21 @@ def test_each_column_title_sorts_the_list(admin_client, rows, processes):
 
 
 def test_the_list_of_tokens_shows_count_size_and_close(admin_client, rows):
-    TokenHead.objects.filter(token="42:<42>").update(kept=3, size=2048)
+    TokenHead.objects.filter(token="42:<42>").update(kept=3, start_offset=1024, end_offset=3072)
     (row,) = columns(admin_client, "tokenhead")[1]
     assert row[1:5] == ["4", "2", "2.0\xa0KB", "yes"]
     TokenHead.objects.filter(token="42:<42>").update(last=5)
     (row,) = columns(admin_client, "tokenhead")[1]
     assert row[1:5] == ["5", "3", "2.0\xa0KB", "no"]
+
+
+def test_the_page_of_a_token_shows_its_size(admin_client, rows):
+    """And no offsets, which say nothing to a reader."""
+    head = TokenHead.objects.get(token="42:<42>")
+    TokenHead.objects.filter(pk=head.pk).update(start_offset=1024, end_offset=3072)
+    page = admin_client.get(admin_url("tokenhead", "change", head.pk)).content.decode()
+    assert "2.0\xa0KB" in page
+    assert not re.search(r"\boffset of", page, re.I)
 
 
 @pytest.mark.parametrize(

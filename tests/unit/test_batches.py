@@ -46,6 +46,27 @@ def test_after_returns_a_live_only_batch_unchanged() -> None:
     assert batch.after(5) is batch
 
 
+def test_a_batch_of_data_is_the_same_as_one_of_its_frames() -> None:
+    """Only the frames are not kept."""
+    frames = [b"id: 5\ndata: a\ndata: \n\n", b"id: 6\ndata: \n\n", b"id: 9\ndata: c\n\n"]
+    batch = Batch.of_data(b"".join(frames), [5, 6, 9], closes=True)
+    other = Batch(frames, [5, 6, 9], closes=True)
+    batch.published = other.published = 1.5
+    for seq in (4, 5, 6, 8):
+        rest, expected = batch.after(seq), other.after(seq)
+        assert (rest.data, rest.frames, rest.seqs) == (
+            expected.data,
+            expected.frames,
+            expected.seqs,
+        )
+        assert (rest.count, rest.closes, rest.published) == (expected.count, True, 1.5)
+    (merged,) = merge([durable(1), batch])
+    assert (merged.data, merged.frames) == (b"1." + batch.data, [b"1.", *frames])
+    assert (merged.count, merged.closes) == (4, True)
+    size = len(batch.data)
+    assert (batch.memory, other.memory, durable(1).memory) == (size, 2 * size, 2)
+
+
 def test_merge_joins_up_to_a_close_and_keeps_durable_and_live_only_events_apart() -> None:
     """The order is kept."""
     merged = merge(

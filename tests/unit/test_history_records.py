@@ -105,7 +105,7 @@ ROWS = [
     (7, "ping", b"a\nb", None, "event"),
     (8, "close", b"", "own", "close"),
     (9, "retry", b"250", None, "retry"),
-    (10, "message", memoryview(b"c"), None, "event"),
+    (10, "message", b"c", None, "event"),
 ]
 ENTRIES = (
     Entry(seq=7, draft=Draft(action="ping", data=b"a\nb")),
@@ -124,7 +124,15 @@ def test_rows_are_a_sequence_of_their_entries() -> None:
     assert entries[-1] == ENTRIES[3]
     assert list(entries[1:3]) == list(ENTRIES[1:3])
     assert not RowEntries([])
-    assert type(entries[3].draft.data) is bytes
+
+
+def test_rows_may_have_memoryviews_as_psycopg2_returns_them() -> None:
+    rows = [(seq, action, memoryview(data), *rest) for seq, action, data, *rest in ROWS]
+    assert RowEntries(rows) == ENTRIES
+    batches = Slice(entries=RowEntries(rows), complete=True, last=10).batches
+    assert [frame for batch in batches for frame in batch.frames] == [
+        entry.frame() for entry in ENTRIES
+    ]
 
 
 def test_the_entries_of_rows_have_the_times_that_were_read() -> None:
@@ -146,6 +154,37 @@ def test_a_slice_is_encoded_in_batches_that_end_with_a_close(entries) -> None:
     assert [
         batch.closes for batch in Slice(entries=entries[:2], complete=True, last=8).batches
     ] == [True]
+
+
+ORDINARY = [
+    Entry(seq=7, draft=Draft(action="ping", data=b"a")),
+    Entry(seq=8, draft=Draft(action="ping", data=b"")),
+    Entry(seq=9, draft=Draft(action="ping", data=b"%d %% a\0b")),
+]
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        Draft(action="ping", data=b"a\n\nb\n"),
+        Draft(action="message", data=b"x"),
+        Draft(action="50 % %s", data=b"x"),
+    ],
+    ids=["several lines", "another action", "percent signs"],
+)
+def test_ordinary_events_are_encoded_together(last: Draft) -> None:
+    """The bytes are the same as those of each event alone."""
+    entries = [*ORDINARY, Entry(seq=10, draft=last)]
+    rows = [(one.seq, one.draft.action, one.draft.data, None, None) for one in entries]
+    (batch,) = Slice(entries=RowEntries(rows), complete=True, last=10).batches
+    assert batch.data == b"".join(entry.frame() for entry in entries)
+    assert batch.frames == [entry.frame() for entry in entries]
+    assert (list(batch.seqs or ()), batch.count, batch.closes) == ([7, 8, 9, 10], 4, False)
+    assert list(RowEntries(rows)) == entries
+
+
+def test_a_slice_without_events_has_no_batches() -> None:
+    assert Slice(entries=RowEntries([]), complete=True, last=10).batches == ()
 
 
 def test_a_batch_of_rows_has_the_time_of_its_first_event() -> None:

@@ -31,7 +31,7 @@ def head(db):
 
 
 def stored(head, **fields):
-    fields = {"action": "ping", "data": b"x", "kind": "event", "size": 1} | fields
+    fields = {"action": "ping", "data": b"x", "kind": "event", "end_offset": 1} | fields
     return StoredEvent.objects.create(head=head, created=timezone.now(), **fields)
 
 

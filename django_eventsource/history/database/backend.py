@@ -15,15 +15,14 @@ another connection can read keeps its sequence number.
 import datetime
 import logging
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import accumulate
+from math import ceil
 from typing import Any, NamedTuple
 
 from asgiref.sync import sync_to_async
 from django.db import DEFAULT_DB_ALIAS, connections
-from django.db.models import Exists, F, Max, Min, Q, Sum, Value, Window
+from django.db.models import Exists, F, Max, Min, Q, Value
 from django.db.models.functions import Greatest
 from django.db.utils import DatabaseError, Error
 from django.utils import timezone
@@ -39,8 +38,9 @@ from ..wake_ups import WakeUps
 from .mysql import MySQLWriter
 from .postgresql import PostgresWriter
 from .postgresql_wake_ups import PostgresWakeUps, is_psycopg3, listen_params
+from .prepared import PreparedStatement
 from .presence import DatabasePresence
-from .sql import fill
+from .sql import Statement, fill
 from .sqlite import SqliteWriter
 from .sqlite_wake_ups import SqliteWakeUps
 from .writer import Writer
@@ -50,16 +50,23 @@ logger = logging.getLogger("django_eventsource.history")
 __all__ = ["DatabaseHistory"]
 
 COLUMNS = ("seq", "action", "data", "event_id", "kind")
-RANGE = " FROM {events} WHERE {head_id} = %s AND {seq} > %s AND {seq} <= %s"
-ROWS = "SELECT {seq}, {action}, {data}, {event_id}, {kind}" + RANGE + " ORDER BY {seq}"
-SIZES = "SELECT {seq}, {size}" + RANGE + " ORDER BY {seq}"
-TOTAL_SIZE = "SELECT SUM({size})" + RANGE
-HEADS = "SELECT {key}, {id}, {first}, {kept}, {last}, {closed}, {size} FROM {heads} "
-HEADS += "WHERE {key} IN (%s, %s)"
-LIKELY = 15 / 16
-"""The bytes of a page that is likely to be small enough, as a part of the bytes allowed."""
-NEARLY_FULL = 7 / 8
-"""The bytes of a page with which it counts as full, as a part of the bytes allowed."""
+ROWS = """
+SELECT {seq}, {action}, {data}, {event_id}, CASE {kind} WHEN 'event' THEN NULL ELSE {kind} END
+FROM {events} WHERE {head_id} = $1 AND {seq} > $2 AND {seq} <= $3 AND {end_offset} <= $4
+ORDER BY {seq}
+"""
+HEADS = """
+SELECT {key}, heads.{id}, {first}, {kept}, {last}, {closed}, {start_offset}, heads.{end_offset},
+    (SELECT {end_offset} FROM {events} WHERE {head_id} = heads.{id} AND {seq} = $1)
+FROM {heads} heads WHERE {key} IN ($2, $3)
+"""
+READS = {HEADS: ("bigint", "text", "text"), ROWS: ("bigint",) * 4}
+"""The statements that read, with the types of their parameters for PostgreSQL."""
+MAX_OFFSET = 2**63 - 1
+SCANNED = 5 / 4
+"""The events among which a read looks for a page, as a multiple of those that fit on average."""
+READ_ATTEMPTS = 3
+"""The most attempts to read a page whose events another connection trims during the attempt."""
 CLOCK_MARGIN = datetime.timedelta(seconds=2)
 """The most by which the clocks of the publishers' machines may differ. If they differ more, only
 the history checks of all tokens find an event."""
@@ -84,7 +91,10 @@ class HeadRow(NamedTuple):
     kept: int
     last: int
     closed: int | None
-    size: int
+    start_offset: int
+    end_offset: int
+    offset: int | None
+    """The offset of the end of the event after which a read begins; ``None`` if it is not kept."""
 
 
 class DatabaseHistory(History):
@@ -143,7 +153,17 @@ class DatabaseHistory(History):
         max_bytes: int = READ_BYTES,
         times: bool = False,
     ) -> Slice:
-        head, floor = self._head(token)
+        for _ in range(READ_ATTEMPTS):
+            slice_ = self._read(token, after, max_events, max_bytes, times=times)
+            if slice_.entries or slice_.complete:
+                break
+            # All events of the page may have been trimmed between the two statements.
+        return slice_
+
+    def _read(
+        self, token: str, after: int, max_events: int, max_bytes: int, *, times: bool
+    ) -> Slice:
+        head, floor = self._head(token, after)
         if head is None:
             return Slice(complete=after == floor, last=floor)
         if after == head.last:
@@ -163,42 +183,48 @@ class DatabaseHistory(History):
         self, head: HeadRow, after: int, max_events: int, max_bytes: int, *, times: bool
     ) -> Sequence[Entry]:
         """Return the entries after a position, as :meth:`read` does."""
-        until = self._end_of_page(head, after, max_events, max_bytes)
-        if not times:
-            return RowEntries(self._fetch(ROWS, head.pk, after, until))
-        # The times are left out of a replay, because SQLite's are parsed one by one.
-        rows = self._events.filter(head=head.pk, seq__gt=after, seq__lte=until).order_by("seq")
-        found = list(rows.values_list(*COLUMNS, "created"))
-        return RowEntries([row[:-1] for row in found], [_aware(row[-1]) for row in found])
-
-    def _end_of_page(self, head: HeadRow, after: int, max_events: int, max_bytes: int) -> int:
-        """Return the last sequence number of a page: at least one event, if there is one."""
         # The numbers of an epoch are consecutive, so a range is a number of events.
-        before = max(after, head.kept - 1)
-        until = min(before + max_events, head.last)
-        if head.size <= max_bytes:
-            return until
-        # A sum is faster than a list of sizes. It is enough where events are about equally large.
-        events = (head.last - head.kept + 1) * max_bytes / head.size
-        likely = min(before + int(events * LIKELY), until)
-        ((total,),) = self._fetch(TOTAL_SIZE, head.pk, before, likely)
-        least = 0 if likely == until else max_bytes * NEARLY_FULL
-        if least <= (total or 0) <= max_bytes:
-            return likely
-        return _last_within(self._fetch(SIZES, head.pk, after, until), max_bytes)
+        first = max(after + 1, head.kept)
+        until = last = min(first + max_events - 1, head.last)
+        size = head.end_offset - head.start_offset
+        if size > max_bytes:
+            average = (head.last - head.kept + 1) * max_bytes / size
+            until = min(first - 1 + ceil(average * SCANNED), last)
+        end = max_bytes + (head.start_offset if head.offset is None else head.offset)
+        # The times are left out of a replay, because SQLite's are parsed one by one.
+        fetch = self._rows_with_times if times else self._rows
+        rows = fetch(head.pk, after, until, end)
+        while rows and rows[-1][0] == until < last:  # these events are smaller than the average
+            until = min(2 * until - first + 1, last)
+            more = fetch(head.pk, rows[-1][0], until, end)
+            if not more or more[0][0] != rows[-1][0] + 1:  # the page is full, or events are gone
+                break
+            rows = [*rows, *more]
+        # The first event may be larger than a page.
+        rows = rows or fetch(head.pk, after, min(first, last), MAX_OFFSET)
+        if not times:
+            return RowEntries(rows)
+        return RowEntries([row[:-1] for row in rows], [_aware(row[-1]) for row in rows])
+
+    def _rows(self, pk: int, after: int, until: int, end: int) -> Sequence[Any]:
+        return self._fetch(ROWS, pk, after, until, end)
+
+    def _rows_with_times(self, pk: int, after: int, until: int, end: int) -> Sequence[Any]:
+        events = self._events.filter(head=pk, seq__gt=after, seq__lte=until, end_offset__lte=end)
+        return list(events.order_by("seq").values_list(*COLUMNS, "created"))
 
     # SQL, because the ORM takes nearly as long for a page of a replay as the database.
 
     @cached_property
-    def _sql(self) -> Mapping[str, str]:
-        templates = (HEADS, TOTAL_SIZE, SIZES, ROWS)
-        return {one: fill(connections[self.using], one) for one in templates}
+    def _statements(self) -> Mapping[str, Statement]:
+        connection = connections[self.using]
+        make = PreparedStatement if connection.vendor == "postgresql" else Statement
+        return {
+            sql: make(self.using, fill(connection, sql), types) for sql, types in READS.items()
+        }
 
-    def _fetch(self, template: str, *params: Any) -> Sequence[Any]:
-        with connections[self.using].cursor() as cursor:
-            cursor.execute(self._sql[template], params)
-            rows: Sequence[Any] = cursor.fetchall()
-            return rows
+    def _fetch(self, sql: str, *params: Any) -> Sequence[Any]:
+        return self._statements[sql].fetch(params)
 
     def heads(self, tokens: Iterable[str]) -> dict[str, Head]:
         for token in self._outbox.tokens():
@@ -286,10 +312,14 @@ class DatabaseHistory(History):
         head, floor = self._head(token)
         return (head.last, head.closed) if head else (floor, None)
 
-    def _head(self, token: str) -> tuple[HeadRow | None, int]:
-        """Return the head of a token, if it has one, and the floor."""
+    def _head(self, token: str, after: int | None = None) -> tuple[HeadRow | None, int]:
+        """Return the head of a token, if it has one, and the floor.
+
+        :param after: the sequence number after which a read begins; ``None`` without a read.
+        """
         own_key = token_key(token)
-        rows = {key: HeadRow(*row) for key, *row in self._fetch(HEADS, own_key, FLOOR_KEY)}
+        found = self._fetch(HEADS, after, own_key, FLOOR_KEY)
+        rows = {key: HeadRow(*row) for key, *row in found}
         return rows.get(own_key), rows[FLOOR_KEY].last if FLOOR_KEY in rows else 0
 
     def _floor(self) -> int:
@@ -316,22 +346,17 @@ class DatabaseHistory(History):
         full = self._tokens.filter(last__gte=F("kept") + self.max_events)
         for head_id, last in full.values_list("pk", "last"):
             trim_until[head_id] = max(trim_until.get(head_id, 0), last - self.max_events)
-        oversized = self._tokens.filter(size__gt=self.max_bytes)
-        for head_id, last in oversized.values_list("pk", "last"):
-            trim_until[head_id] = max(
-                trim_until.get(head_id, 0), self._oversized_until(head_id, last)
-            )
+        oversized = self._tokens.filter(end_offset__gt=F("start_offset") + self.max_bytes)
+        for head_id, last, end in oversized.values_list("pk", "last", "end_offset"):
+            # The newest event is kept even if it is larger than the limit.
+            events = self._events.filter(head=head_id, seq__lt=last).order_by("seq")
+            enough = events.filter(end_offset__gte=end - self.max_bytes)
+            until = enough.values_list("seq", flat=True).first() or last - 1
+            trim_until[head_id] = max(trim_until.get(head_id, 0), until)
         removed = sum(self._trim(head_id, until) for head_id, until in trim_until.items())
         self._drop_idle_tokens(_ago(self.token_max_age))
         self._presence.prune()
         return removed
-
-    def _oversized_until(self, head_id: int, last: int) -> int:
-        """Return the number of the newest event that is over MAX_BYTES, before the last event."""
-        rows = self._events.filter(head=head_id)
-        total = Window(Sum("size"), order_by=F("seq").desc())
-        over = rows.annotate(total=total).filter(total__gt=self.max_bytes).order_by("-seq")
-        return min(over.values_list("seq", flat=True).first() or 0, last - 1)
 
     def _trim(self, head_id: int, until: int) -> int:
         """Remove events up to a sequence number, in short transactions."""
@@ -347,8 +372,9 @@ class DatabaseHistory(History):
         # This locks the row, so that no other process removes these events at the same time.
         head.update(kept=Greatest(F("kept"), until + 1))
         events = self._events.filter(head=head_id, seq__lte=until)
-        size = events.aggregate(size=Sum("size", default=0))["size"]
-        head.update(size=F("size") - size)
+        trimmed = events.order_by("-seq").values_list("end_offset", flat=True).first()
+        if trimmed is not None:
+            head.update(start_offset=trimmed)
         return delete(events)
 
     def _drop_idle_tokens(self, before: datetime.datetime) -> None:
@@ -434,16 +460,6 @@ def _ago(seconds: float) -> datetime.datetime:
         return past
     local = timezone.make_naive(utc(time.time() - seconds), timezone.get_default_timezone())
     return min(past, local)
-
-
-def _last_within(sizes: Iterable[tuple[int, int]], max_bytes: int) -> int:
-    """Return the last sequence number up to a number of bytes, or the first one if it is larger.
-
-    :param sizes: the sequence numbers of events, ascending, and their bytes.
-    """
-    rows = list(sizes)
-    within = bisect_right(list(accumulate(size for _, size in rows)), max_bytes)
-    return rows[max(within, 1) - 1][0] if rows else 0
 
 
 def _aware(created: datetime.datetime) -> datetime.datetime:

@@ -11,7 +11,7 @@ from .two_statements import TwoStatementWriter
 RAISE = """
 UPDATE {heads}
 SET {closed} = COALESCE({last} + %s, {closed}), {last} = LAST_INSERT_ID({last} + %s),
-    {size} = {size} + %s, {updated} = %s
+    {end_offset} = {end_offset} + %s, {updated} = %s
 WHERE {key} = %s
 """
 
@@ -20,7 +20,10 @@ class MySQLWriter(TwoStatementWriter):
     """Stores the events of publishers in MySQL and MariaDB."""
 
     raise_sql = RAISE
-    row_sql = "((SELECT {id} FROM {heads} WHERE {key} = %s), %s, %s, %s, %s, %s, %s, %s, %s)"
+    row_sql = """(
+    (SELECT {id} FROM {heads} WHERE {key} = %s), %s, %s, %s,
+    (SELECT {end_offset} FROM {heads} WHERE {key} = %s) - %s, %s, %s, %s, %s
+)"""
 
-    def _raised(self, cursor: Any, key: str) -> tuple[Any, int] | None:
-        return (key, cursor.lastrowid) if cursor.rowcount else None
+    def _raised(self, cursor: Any, key: str) -> tuple[Any, int, Any] | None:
+        return (key, cursor.lastrowid, key) if cursor.rowcount else None

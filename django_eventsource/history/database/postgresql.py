@@ -27,33 +27,33 @@ APPEND = """
 WITH head AS (
     UPDATE {heads}
     SET {closed} = COALESCE({last} + %s::bigint, {closed}), {last} = {last} + %s,
-        {size} = {size} + %s, {updated} = %s
+        {end_offset} = {end_offset} + %s, {updated} = %s
     WHERE {key} = %s
-    RETURNING {id}, {last}
+    RETURNING {id}, {last}, {end_offset}
 )
 INSERT INTO {events} (
-    {head_id}, {created}, {ref}, {seq}, {size}, {action}, {data}, {event_id}, {kind}
+    {head_id}, {created}, {ref}, {seq}, {end_offset}, {action}, {data}, {event_id}, {kind}
 )
-SELECT {id}, %s, %s, {last} - newer, length(data), action, data, event_id, kind
-FROM head, (VALUES <drafts>) AS drafts (newer, action, data, event_id, kind)
+SELECT {id}, %s, %s, {last} - newer, {end_offset} - following, action, data, event_id, kind
+FROM head, (VALUES <drafts>) AS drafts (newer, following, action, data, event_id, kind)
 RETURNING {seq}
 """
 """Raises the last number of a token and stores the events of <drafts>. Without a head it does
 nothing."""
-DRAFT = "(%s, %s::text, %s::bytea, %s::text, %s::text)"
+DRAFT = "(%s, %s, %s::text, %s::bytea, %s::text, %s::text)"
 
 APPEND_ONE = """
 WITH head AS (
     UPDATE {heads}
     SET {closed} = CASE $8 WHEN 'close' THEN {last} + 1 ELSE {closed} END, {last} = {last} + 1,
-        {size} = {size} + $4, {updated} = $2
+        {end_offset} = {end_offset} + $4, {updated} = $2
     WHERE {key} = $1
-    RETURNING {id}, {last}
+    RETURNING {id}, {last}, {end_offset}
 )
 INSERT INTO {events} (
-    {head_id}, {created}, {ref}, {seq}, {size}, {action}, {data}, {event_id}, {kind}
+    {head_id}, {created}, {ref}, {seq}, {end_offset}, {action}, {data}, {event_id}, {kind}
 )
-SELECT {id}, $2, $3, {last}, $4, $5, $6, $7, $8 FROM head
+SELECT {id}, $2, $3, {last}, {end_offset}, $5, $6, $7, $8 FROM head
 RETURNING {seq}
 """
 """The same as ``APPEND``, for one event."""
@@ -80,15 +80,15 @@ WITH head AS (
     RETURNING {ref}, {action}, {data}, {event_id}, {kind}
 ), raised AS (
     UPDATE {heads}
-    SET {last} = {last} + 1, {size} = {size} + length({data}), {updated} = $2,
+    SET {last} = {last} + 1, {end_offset} = {end_offset} + length({data}), {updated} = $2,
         {closed} = CASE {kind} WHEN 'close' THEN {last} + 1 ELSE {closed} END
     FROM moved WHERE {id} = (SELECT {id} FROM head)
-    RETURNING {id}, {last}, {ref}, {action}, {data}, {event_id}, {kind}
+    RETURNING {id}, {last}, {end_offset}, {ref}, {action}, {data}, {event_id}, {kind}
 )
 INSERT INTO {events} (
-    {head_id}, {created}, {ref}, {seq}, {size}, {action}, {data}, {event_id}, {kind}
+    {head_id}, {created}, {ref}, {seq}, {end_offset}, {action}, {data}, {event_id}, {kind}
 )
-SELECT {id}, $2, {ref}, {last}, length({data}), {action}, {data}, {event_id}, {kind} FROM raised
+SELECT {id}, $2, {ref}, {last}, {end_offset}, {action}, {data}, {event_id}, {kind} FROM raised
 RETURNING {ref}, {seq}
 """
 """Moves the only pending event of a token, if it is plain. It takes two thirds of the time of
@@ -113,23 +113,25 @@ WITH head AS (
     ))
     RETURNING *
 ), numbered AS (
-    SELECT *, length({data}) AS bytes, row_number() OVER (ORDER BY {id}) AS n FROM moved
+    SELECT *, row_number() OVER by_id AS n, sum(length({data})) OVER by_id AS bytes FROM moved
+    WINDOW by_id AS (ORDER BY {id})
 ), raised AS (
     UPDATE {heads}
-    SET {last} = {last} + events, {size} = {size} + bytes, {updated} = %s,
+    SET {last} = {last} + events, {end_offset} = {end_offset} + bytes, {updated} = %s,
         {closed} = COALESCE({last} + last_close, {closed})
     FROM (
-        SELECT count(*) AS events, sum(bytes) AS bytes,
+        SELECT count(*) AS events, max(bytes) AS bytes,
             max(n) FILTER (WHERE {kind} = 'close') AS last_close
         FROM numbered
     ) AS sums
     WHERE events > 0 AND {id} = (SELECT {id} FROM head)
-    RETURNING {id}, {last} - events AS before
+    RETURNING {id}, {last} - events AS before, {end_offset} - bytes AS bytes_before
 )
 INSERT INTO {events} (
-    {head_id}, {created}, {ref}, {seq}, {size}, {action}, {data}, {event_id}, {kind}
+    {head_id}, {created}, {ref}, {seq}, {end_offset}, {action}, {data}, {event_id}, {kind}
 )
-SELECT raised.{id}, %s, {ref}, before + n, bytes, {action}, {data}, {event_id}, {kind}
+SELECT raised.{id}, %s, {ref}, before + n, bytes_before + bytes, {action}, {data}, {event_id},
+    {kind}
 FROM numbered, raised
 RETURNING {ref}, {seq}
 """
@@ -193,9 +195,10 @@ class PostgresWriter(Writer):
             rows = self._append_one.fetch(values)
             return int(rows[0][0]) if rows else None
         count, values = len(drafts), []
+        following = size = sum(len(draft.data) for draft in drafts)
         for n, draft in enumerate(drafts, 1):
-            values += [count - n, *values_of(connection, draft)]
-        size = sum(len(draft.data) for draft in drafts)
+            following -= len(draft.data)
+            values += [count - n, following, *values_of(connection, draft)]
         sql = self._append_sql.replace("<drafts>", ", ".join([DRAFT] * count))
         with connection.cursor() as cursor:
             cursor.execute(

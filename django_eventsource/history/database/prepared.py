@@ -1,6 +1,6 @@
 """Statements that a session of PostgreSQL plans once, if it executes them often.
 
-To plan a statement with CTEs takes longer than to execute it.
+To plan a short statement takes longer than to execute it.
 """
 
 import hashlib
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from django.db import connections
 from django.db.utils import Error
+
+from .sql import Statement
 
 UNKNOWN_STATEMENT = "26000"
 """The SQLSTATE of EXECUTE in a session that has not prepared the statement."""
@@ -20,8 +21,8 @@ ALREADY_PREPARED = "42P05"
 NEVER = -(2**60)
 
 
-class PreparedStatement:
-    """A statement that a session prepares before its fifth execution.
+class PreparedStatement(Statement):
+    """A statement that a session of PostgreSQL prepares before its fifth execution.
 
     Inside of a transaction it is executed as text, because an error would abort the transaction.
 
@@ -35,10 +36,8 @@ class PreparedStatement:
     request rarely executes it as often."""
 
     def __init__(self, using: str, sql: str, types: Sequence[str]) -> None:
-        self._using = using
-        numbers = [int(number) - 1 for number in re.findall(r"\$(\d+)", sql)]
-        self._numbers = numbers
-        self._plain = re.sub(r"\$(\d+)", lambda found: f"%s::{types[int(found[1]) - 1]}", sql)
+        super().__init__(using, sql, types)
+        self._text = re.sub(r"\$(\d+)", lambda found: f"%s::{types[int(found[1]) - 1]}", sql)
         # The same name in every process, because processes behind a pooler share sessions.
         digest = hashlib.blake2b(f"{types} {sql}".encode(), digest_size=10).hexdigest()
         name = f"eventsource_{digest}"
@@ -46,17 +45,9 @@ class PreparedStatement:
         self._execute = f"EXECUTE {name} ({', '.join(['%s'] * len(types))})"
         self._executions: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
-    def fetch(self, params: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """Execute the statement and return its rows.
-
-        :param params: the values of ``$1``, ``$2`` and so on.
-        """
-        connection = connections[self._using]
-        with connection.cursor() as cursor:
-            if not self._execute_prepared(connection, cursor, params):
-                cursor.execute(self._plain, [params[number] for number in self._numbers])
-            rows: list[tuple[Any, ...]] = cursor.fetchall()
-            return rows
+    def _run(self, connection: Any, cursor: Any, params: Sequence[Any]) -> None:
+        if not self._execute_prepared(connection, cursor, params):
+            super()._run(connection, cursor, params)
 
     def _execute_prepared(self, connection: Any, cursor: Any, params: Sequence[Any]) -> bool:
         """Execute the statement if the session has prepared it; return whether it has."""

@@ -1,8 +1,11 @@
 """SQL for the tables of the database history."""
 
+import re
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
+from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Field
 
@@ -28,10 +31,45 @@ def fill(connection: BaseDatabaseWrapper, template: str) -> str:
     return template.strip().format_map(names)
 
 
+class Statement:
+    """A statement that returns rows.
+
+    :param using: the alias of the database.
+    :param sql: the statement, with the parameters ``$1``, ``$2`` and so on.
+    :param types: the type of each parameter. Only PostgreSQL needs to know them.
+    """
+
+    def __init__(self, using: str, sql: str, types: Sequence[str]) -> None:
+        self._using = using
+        self._numbers = [int(number) - 1 for number in re.findall(r"\$(\d+)", sql)]
+        self._text = re.sub(r"\$\d+", "%s", sql)
+
+    def fetch(self, params: Sequence[Any]) -> Sequence[Any]:
+        """Execute the statement and return its rows.
+
+        :param params: the values of ``$1``, ``$2`` and so on.
+        """
+        connection = connections[self._using]
+        with connection.cursor() as cursor:
+            self._run(connection, cursor, params)
+            rows: Sequence[Any] = cursor.fetchall()
+            return rows
+
+    def _run(self, connection: Any, cursor: Any, params: Sequence[Any]) -> None:
+        """Execute the statement."""
+        cursor.execute(self._text, [params[number] for number in self._numbers])
+
+
 def values_of(connection: Any, draft: Draft) -> tuple[Any, ...]:
     """Return the parameters for the columns ``action``, ``data``, ``event_id`` and ``kind``."""
     data = connection.Database.Binary(draft.data)
     return draft.action, data, draft.event_id, draft.kind.value
+
+
+def end_offsets(end: int, drafts: Sequence[Draft]) -> list[int]:
+    """Return the offset of the end of each draft, of which the last one ends at ``end``."""
+    start = end - sum(len(draft.data) for draft in drafts)
+    return [*accumulate((len(draft.data) for draft in drafts), initial=start)][1:]
 
 
 def is_plain(drafts: Sequence[Draft]) -> bool:

@@ -16,10 +16,10 @@ from .two_statements import TwoStatementWriter
 
 RAISE = """
 UPDATE {heads}
-SET {closed} = COALESCE({last} + %s, {closed}), {last} = {last} + %s, {size} = {size} + %s,
-    {updated} = %s
+SET {closed} = COALESCE({last} + %s, {closed}), {last} = {last} + %s,
+    {end_offset} = {end_offset} + %s, {updated} = %s
 WHERE {key} = %s
-RETURNING {id}, {last}
+RETURNING {id}, {last}, {end_offset}
 """
 
 
@@ -27,9 +27,9 @@ class SqliteWriter(TwoStatementWriter):
     """Stores the events of publishers in SQLite, without the outbox."""
 
     raise_sql = RAISE
-    row_sql = "(%s, %s, %s, %s, %s, %s, %s, %s, %s)"
+    row_sql = "(%s, %s, %s, %s, %s - %s, %s, %s, %s, %s)"
 
-    def _raised(self, cursor: Any, key: str) -> tuple[Any, int] | None:
+    def _raised(self, cursor: Any, key: str) -> tuple[Any, int, Any] | None:
         # All rows are read, because a statement that is not finished prevents the commit.
         rows = cursor.fetchall()
         return rows[0] if rows else None

@@ -17,7 +17,7 @@ from .writer import Writer
 
 INSERT = """
 INSERT INTO {events} (
-    {head_id}, {created}, {ref}, {seq}, {size}, {action}, {data}, {event_id}, {kind}
+    {head_id}, {created}, {ref}, {seq}, {end_offset}, {action}, {data}, {event_id}, {kind}
 )
 VALUES
 """
@@ -30,7 +30,8 @@ class TwoStatementWriter(Writer, ABC):
     """Updates the head. The parameters are the position of the last close among the events (NULL
     without one), the number of events, their size, the time and the token's key."""
     row_sql: str
-    """The values of one inserted row. The first parameter is that of the head."""
+    """The values of one inserted row. The first parameter is that of the head, the fifth that of
+    the end of the head, and the sixth the number of bytes after the event."""
 
     def __init__(self, using: str, outbox: Outbox, first_seq: Callable[[int], int]) -> None:
         super().__init__(using, outbox, first_seq)
@@ -41,12 +42,13 @@ class TwoStatementWriter(Writer, ABC):
         self._ref = StoredEvent._meta.get_field("ref")
 
     @abstractmethod
-    def _raised(self, cursor: Any, key: str) -> tuple[Any, int] | None:
-        """Return the parameter of the head and its last number, after it was raised.
+    def _raised(self, cursor: Any, key: str) -> tuple[Any, int, Any] | None:
+        """Return what ``row_sql`` needs of the head, after ``raise_sql`` has raised it.
 
         :param cursor: the cursor that has executed ``raise_sql``.
         :param key: the key of the token.
-        :returns: ``None`` if the token has no head.
+        :returns: the parameter for the head, the last number, and the parameter for the end;
+            ``None`` if the token has no head.
         """
 
     def _accepts(self, drafts: Sequence[Draft]) -> bool:
@@ -66,13 +68,15 @@ class TwoStatementWriter(Writer, ABC):
             while (head := self._raised(cursor, key)) is None:
                 self._create_head(token, now)
                 cursor.execute(self._raise_sql, raised)
-            of_head, last = head
+            of_head, last, of_end = head
             first = last - len(drafts) + 1
             entries = [Entry(seq=seq, draft=draft) for seq, draft in enumerate(drafts, first)]
             values: list[Any] = []
+            following = sum(sizes)
             for entry, ref, size in zip(entries, refs, sizes, strict=True):
+                following -= size
                 stored_ref = self._ref.get_db_prep_value(ref, connection, prepared=True)
-                values += [of_head, time, stored_ref, entry.seq, size]
+                values += [of_head, time, stored_ref, entry.seq, of_end, following]
                 values += values_of(connection, entry.draft)
             rows = ", ".join([self._row_sql] * len(drafts))
             cursor.execute(f"{self._insert_sql} {rows}", values)

@@ -17,6 +17,7 @@ from ...protocol.tokens import token_key
 from ..outbox import BATCH, Outbox, columns_of, draft_of, settle_batches
 from ..records import Draft, Entry
 from ..transaction_retries import OutboxConflict, in_transaction
+from .sql import end_offsets
 
 
 class Writer:
@@ -62,25 +63,27 @@ class Writer:
         """
         now = timezone.now()
         size = sum(len(draft.data) for draft in drafts)
-        head_id, last = self._advance(token, len(drafts), now, size=size)
+        head_id, last, end_offset = self._advance(token, len(drafts), now, size=size)
         entries = self._number(head_id, last - len(drafts) + 1, drafts)
         stored = [pair for pair in zip(entries, refs, strict=True) if not pair[0].repeated]
         repeated = [entry for entry in entries if entry.repeated]
         if repeated:
             unused = sum(len(entry.draft.data) for entry in repeated)
             row = self._heads.filter(pk=head_id)
-            row.update(last=F("last") - len(repeated), size=F("size") - unused)
+            row.update(last=F("last") - len(repeated), end_offset=F("end_offset") - unused)
+            end_offset -= unused
+        ends = end_offsets(end_offset, [entry.draft for entry, _ in stored])
         self._events.bulk_create(
             [
                 StoredEvent(
                     head_id=head_id,
                     seq=entry.seq,
-                    size=len(entry.draft.data),
+                    end_offset=end,
                     created=now,
                     ref=ref,
                     **columns_of(entry.draft),
                 )
-                for entry, ref in stored
+                for (entry, ref), end in zip(stored, ends, strict=True)
             ],
             batch_size=BATCH,
         )
@@ -113,16 +116,19 @@ class Writer:
 
     def _advance(
         self, token: str, count: int, now: datetime.datetime, *, size: int = 0
-    ) -> tuple[int, int]:
-        """Lock the token's head and raise its last number; return its primary key and that number.
+    ) -> tuple[int, int, int]:
+        """Lock the token's head and raise its last number and its end.
+
+        Return its primary key and both.
 
         The first statement writes, because a transaction that began with a read cannot wait for
         the lock on SQLite.
         """
         row = self._heads.filter(key=token_key(token))
-        while not row.update(last=F("last") + count, size=F("size") + size, updated=now):
+        raised = {"last": F("last") + count, "end_offset": F("end_offset") + size}
+        while not row.update(**raised, updated=now):
             self._create_head(token, now)
-        return row.values_list("pk", "last").get()
+        return row.values_list("pk", "last", "end_offset").get()
 
     def _create_head(self, token: str, now: datetime.datetime) -> None:
         """Begin the epoch of a token, unless another connection has begun it."""
