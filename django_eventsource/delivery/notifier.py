@@ -47,7 +47,7 @@ class Notifier:
     pause_seconds = 0.005
     """The least seconds between two rounds of messages, so that a burst of events is sent in few
     of them. The first event is sent at once."""
-    pause_share = 4.0
+    pause_share = 8.0
     """The pause after a round, as a multiple of the time that it took. Publishers, which share the
     interpreter with the thread, get most of the time."""
     most_pause_seconds = 0.05

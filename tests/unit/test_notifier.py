@@ -110,7 +110,7 @@ def test_a_burst_is_sent_in_one_message_after_the_first_one(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "pause"), [(0.0, 0.005), (0.001, 0.005), (0.01, 0.04), (1.0, 0.05)]
+    ("seconds", "pause"), [(0.0, 0.005), (0.0005, 0.005), (0.002, 0.016), (1.0, 0.05)]
 )
 def test_the_pause_is_in_proportion_to_the_time_of_sending(
     notifier: Soon, seconds: float, pause: float

@@ -7,8 +7,8 @@ The keys of a token:
 
 - ``head``, a hash: ``last``, ``closed``, ``closed_before`` and ``whole`` (the sequence numbers of
   the newest event, of the last two closes and of the last event of the kind ``WHOLE``), ``run``
-  (the run id of the server that assigned them), and ``bytes`` (the sum over the values of the
-  events that are kept);
+  (the run id of the server that assigned them), ``bytes`` (the sum over the values of the events
+  that are kept), and ``oldest`` (the time of the oldest of these, in microseconds);
 - ``events``, a stream whose ids are the sequence numbers. :mod:`.scripts` describes the fields.
   One of them is the position that an entry follows. It is set only where that is not the
   sequence number before: in the first entry of an epoch (the floor), and in the first entry
@@ -53,7 +53,15 @@ from ..base import READ_BYTES, READ_EVENTS, History, T, check_using
 from ..outbox import Outbox, draft_of, settle_batches
 from ..records import Draft, Entry, Found, Head, RowEntries, Slice
 from ..transaction_retries import in_transaction
-from .codec import KINDS, bounds_argument, entry_of, milliseconds, times_of, unpack
+from .codec import (
+    KINDS,
+    bounds_argument,
+    entry_of,
+    event_arguments,
+    milliseconds,
+    times_of,
+    unpack,
+)
 from .scripts import APPEND, FIND, FLOOR, LEASE, NOW, READ, REMOVE, REWIND, STORED
 from .servers import Host, Hosts
 
@@ -156,7 +164,7 @@ class RedisHistory(History):
         ref = secrets.token_hex(16)
 
         def attempt(began: float | None) -> list[Entry]:
-            since = "" if began is None else self._time_of_server(host, token, began)
+            since = 0 if began is None else self._time_of_server(host, token, began)
             return self._append(host, token, drafts, [draft.key for draft in drafts], ref, since)
 
         # A logout publishes an internal event, and must not wait for the whole time-out.
@@ -182,24 +190,28 @@ class RedisHistory(History):
         drafts: Sequence[Draft],
         keys: Sequence[str | None],
         ref: str,
-        since: int | str = "",
+        since: int = 0,
     ) -> list[Entry]:
         """Run the APPEND script.
 
         :param keys: the key of each event, or ``None`` for each.
         :param since: a time of the server's clock, in microseconds, before the first attempt, or
-            ``""`` in the first attempt.
+            0 in the first attempt.
         """
         names = self._keys(token, "head", "events", "ids", f"ref:{ref}", "keys")
-        bounds = (self.max_events, self.max_bytes, self.max_age, self.token_max_age)
-        args: list[Any] = [since, ref, token, bounds_argument(*bounds)]
+        bounds = bounds_argument(self.max_events, self.max_bytes, self.max_age, self.token_max_age)
+        events: list[Any] = []
         for draft, key in zip(drafts, keys, strict=True):
-            args += draft.action, draft.data, draft.kind.value, draft.event_id or "", key or ""
-        run = partial(host.run_with_log, APPEND, names, self._changes_key)
-        found = run(["", *args])
+            events += *event_arguments(draft), key or ""
+
+        def run(floor: int) -> Any:
+            args = [ref, token, f"{bounds} {floor} {since}", *events]
+            return host.run_with_log(APPEND, names, self._changes_key, args)
+
+        found = run(0)
         if found is None:
             floor, _ = host.run_once(*self._floor_script())
-            found = run([floor, *args])
+            found = run(int(floor))
         if keys[0] is None:
             first = int(found)
             return [Entry(seq=first + n, draft=draft) for n, draft in enumerate(drafts)]
@@ -473,7 +485,7 @@ class RedisHistory(History):
         return FLOOR, [f"{self.prefix}:floor"], [uuid.uuid4().hex, half]
 
     def _with_floor(
-        self, host: Host, commands: Sequence[Sequence[str]]
+        self, host: Host, commands: Sequence[Sequence[Any]]
     ) -> tuple[tuple[int, str], list[Any]]:
         """Return the floor and the store's generation, and the results of commands.
 
@@ -580,10 +592,11 @@ class RedisHistory(History):
 
     # Keys
 
-    def _keys(self, token: str, *names: str) -> list[str]:
+    def _keys(self, token: str, *names: str) -> list[bytes]:
         """Return keys of a token. A cluster chooses the node by the part in braces."""
         key = token_key(token)
-        return [f"{self.prefix}:{{{key}}}:{name}" for name in names]
+        # As bytes, because redis-py takes longer to encode a text.
+        return [f"{self.prefix}:{{{key}}}:{name}".encode() for name in names]
 
     def _lease_key(self, process: str) -> str:
         return f"{self.prefix}:lease:{token_key(process)}"

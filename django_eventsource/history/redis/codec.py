@@ -1,4 +1,4 @@
-"""Decoding of what the scripts of the Redis history return."""
+"""The arguments of the scripts of the Redis history, and what the scripts return."""
 
 import datetime
 from collections.abc import Sequence
@@ -16,8 +16,16 @@ def milliseconds(seconds: float) -> int:
 
 @lru_cache
 def bounds_argument(max_events: int, max_bytes: int, max_age: float, token_max_age: float) -> str:
-    """Return the bounds of a token as one argument, because redis-py encodes each by itself."""
+    """Return the bounds of a token, as the APPEND script expects them."""
     return f"{max_events} {max_bytes} {milliseconds(max_age)} {milliseconds(token_max_age)}"
+
+
+def event_arguments(draft: Draft) -> tuple[bytes, bytes]:
+    """Return the lengths of an event's texts and the texts, as the APPEND script expects them."""
+    action, data, kind = draft.action.encode(), draft.data, draft.kind.encode()
+    own_id = (draft.event_id or "").encode()
+    lengths = b"%d %d %d %d" % (len(action), len(data), len(kind), len(own_id))
+    return lengths, action + data + kind + own_id
 
 
 def entry_of(draft: Draft, line: str) -> Entry:

@@ -207,11 +207,11 @@ class Host:
         tried = f"Tried for {elapsed:.1f} s. " if self.is_transient(error) else ""
         error.add_note(f"Redis server of the history: {self.name}. {tried}{hint}".rstrip())
 
-    def run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    def run(self, script: Script, keys: Sequence[str | bytes], args: Sequence[Any]) -> Any:
         """Run a script that may run twice."""
         return self.retry(lambda _: self.run_once(script, keys, args))
 
-    def run_once(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    def run_once(self, script: Script, keys: Sequence[str | bytes], args: Sequence[Any]) -> Any:
         """Run a script once, also if the server has not cached it."""
         try:
             return self.client.evalsha(script.sha, len(keys), *keys, *args)
@@ -219,7 +219,7 @@ class Host:
             return self.client.eval(script.source, len(keys), *keys, *args)
 
     def run_with_log(
-        self, script: Script, keys: Sequence[str], log: str, args: Sequence[Any]
+        self, script: Script, keys: Sequence[str | bytes], log: str, args: Sequence[Any]
     ) -> Any:
         """Run a script once with the keys of a token, and the log of changes if that is possible.
 
@@ -250,7 +250,7 @@ class Host:
     def pipe(
         self,
         commands: Sequence[Sequence[Any]],
-        first: tuple[Script, Sequence[str], Sequence[Any]] | None = None,
+        first: tuple[Script, Sequence[str | bytes], Sequence[Any]] | None = None,
     ) -> list[Any]:
         """Run commands that may run twice, in one round trip.
 
@@ -263,7 +263,7 @@ class Host:
     def _pipe(
         self,
         commands: Sequence[Sequence[Any]],
-        first: tuple[Script, Sequence[str], Sequence[Any]] | None,
+        first: tuple[Script, Sequence[str | bytes], Sequence[Any]] | None,
     ) -> list[Any]:
         pipeline = self.client.pipeline(transaction=False)
         if first is not None:
