@@ -527,7 +527,7 @@ def test_a_page_has_no_gap_if_events_are_trimmed_during_its_read(
     def trim_before_the_second(fetch: Callable[..., Any], *args: Any) -> Any:
         nonlocal steps
         if (steps := steps + 1) == 2:
-            history.max_events = 20
+            history.max_events = 32  # the eighth event is the last one that is removed
             in_thread(history.prune)
         return fetch(*args)
 
