@@ -146,6 +146,14 @@ def test_a_unix_socket_url_reaches_the_server(tmp_path_factory: pytest.TempPathF
         server.close()
 
 
+def kept_connection(pool: Any) -> Any:
+    """Return an open connection that a pool of redis-py keeps."""
+    connection = pool.get_connection()
+    pool.release(connection)
+    assert connection.is_connected
+    return connection
+
+
 def test_sentinels_return_the_primary(own_server: ValkeyServer) -> None:
     sentinel = ValkeyServer()
     config = sentinel.directory / "sentinel.conf"
@@ -161,6 +169,14 @@ def test_sentinels_return_the_primary(own_server: ValkeyServer) -> None:
         add(history, "a")
         assert everything(of(own_server)) == ["a"]
         assert history._hosts.all[0].name == "events"
+        pool = history._hosts.all[0].client.connection_pool
+        connections = [kept_connection(pool)]
+        connections += [
+            kept_connection(one.connection_pool) for one in pool.sentinel_manager.sentinels
+        ]
+        del history
+        gc.collect()
+        assert [one.is_connected for one in connections] == [False, False]
     finally:
         sentinel.close()
 
@@ -169,10 +185,7 @@ def test_a_history_that_is_dropped_closes_its_connections(valkey_server: ValkeyS
     """A socket that the garbage collector closes may warn, or not: its order is not defined."""
     history = RedisHistory(HOSTS=[valkey_server.url])
     add(history, "a")
-    client = history._hosts.all[0].client
-    connection = client.connection_pool.get_connection()
-    client.connection_pool.release(connection)
-    assert connection.is_connected
+    connection = kept_connection(history._hosts.all[0].client.connection_pool)
     del history
     gc.collect()
     assert not connection.is_connected

@@ -102,7 +102,7 @@ class Host:
         it is still open.
         """
         client = self._connect()
-        weakref.finalize(self, client.close).atexit = False
+        weakref.finalize(self, _close, client).atexit = False
         return client
 
     @property
@@ -278,6 +278,14 @@ class Host:
             if isinstance(result, Exception):
                 raise result
         return results
+
+
+def _close(client: Any) -> None:
+    """Close the connections of a client of redis-py, also those to the sentinels that it asks."""
+    client.close()
+    pool = getattr(client, "connection_pool", None)
+    for sentinel in getattr(getattr(pool, "sentinel_manager", None), "sentinels", ()):
+        sentinel.close()
 
 
 def fingerprint(secret_key: str | bytes) -> bytes:
