@@ -18,7 +18,13 @@ from ..exceptions import EventTooLarge
 from ..protocol.batches import Batch
 from ..protocol.cursors import Cursor
 from ..protocol.field_rules import check_id, encode_text, retry_ms, unify_line_ends
-from ..protocol.frames import encode_event, encode_retry, event_size, numbered_template
+from ..protocol.frames import (
+    data_lines,
+    encode_event,
+    encode_retry,
+    event_size,
+    numbered_template,
+)
 
 __all__ = ["Draft", "Entry", "Found", "Head", "Kind", "Missing", "Position", "Slice"]
 
@@ -224,7 +230,7 @@ def encode_rows(rows: Sequence[Row]) -> tuple[Batch, ...]:
         return _encode_each(rows, templates)
     seqs, values = ordinary[::2], ordinary[1::2]
     if b"\n" in b"".join(values):
-        ordinary[1::2] = [value.replace(b"\n", b"\ndata: ") for value in values]
+        ordinary[1::2] = [*map(data_lines, values)]
     if len(templates) == 1:
         template = templates[rows[0][1]] * len(rows)
     else:
@@ -239,7 +245,7 @@ def _encode_each(rows: Sequence[Row], templates: Mapping[str, bytes]) -> tuple[B
         if kind == retry
         else encode_event(action, data, own_id)
         if own_id
-        else templates[action] % (seq, data.replace(b"\n", b"\ndata: "))
+        else templates[action] % (seq, data_lines(data))
         for seq, action, data, own_id, kind in rows
     ]
     seqs = [row[0] for row in rows]

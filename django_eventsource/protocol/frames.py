@@ -41,7 +41,7 @@ def encode_event(action: str, data: bytes, event_id: str | None = None) -> bytes
     return b"%b%bdata: %b\n\n" % (
         b"" if event_id is None else b"id: %b\n" % event_id.encode(),
         event_line(action),
-        data.replace(b"\n", b"\ndata: "),
+        data_lines(data),
     )
 
 
@@ -51,14 +51,18 @@ def event_line(action: str) -> bytes:
     return b"" if action == DEFAULT_ACTION else b"event: %b\n" % action.encode()
 
 
+def data_lines(data: bytes) -> bytes:
+    """Return data with ``data:`` before each line but the first one."""
+    return data.replace(b"\n", b"\ndata: ")
+
+
 def numbered_template(action: str) -> bytes:
     """Return what :func:`encode_event` returns for a number as the id, as a ``%`` template.
 
     A replay uses it, because a call of a function for each event takes longer than the encoding.
 
     :param action: the event type.
-    :returns: the template. Its values are the number, and the data with ``data:`` before each line
-        but the first one.
+    :returns: the template. Its values are the number, and what :func:`data_lines` returns.
     """
     return b"id: %%d\n%bdata: %%b\n\n" % event_line(action).replace(b"%", b"%%")
 
